@@ -1,0 +1,1 @@
+//! Chunks of CTFS: split, hash, cache tier, chunk store, placement.

@@ -1,0 +1,1 @@
+//! The replicated log of CTFS, its store, snapshots and read visibility.

@@ -1,0 +1,239 @@
+//! What can be asked of the namespace.
+//!
+//! A [`Command`] is what the log carries. Everything that depends on time, chance or the caller
+//! is inside it, so that every replica reaches the same verdict.
+
+use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileName, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::member::{Member, MemberState, Policy, TokenRecord};
+
+/// One request to change the namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    /// A command that was already applied under this id is answered from the table of verdicts.
+    pub request: RequestId,
+    /// The client has its answers up to this `seq`; their verdicts may be forgotten.
+    pub answered: u64,
+    /// The proposer's clock: becomes ctime, mtime and friends.
+    pub at: Timestamp,
+    pub op: Op,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Op {
+    /// Changes nothing; commits an index.
+    Noop,
+
+    // Names.
+    /// Makes an inode and its first name. The parent's setgid bit and default ACL are obeyed.
+    Make { parent: Ino, name: FileName, node: NewNode },
+    Link { ino: Ino, parent: Ino, name: FileName },
+    /// Removes a name of anything but a directory.
+    Unlink { parent: Ino, name: FileName },
+    Rmdir { parent: Ino, name: FileName },
+    Rename { from: Ino, name: FileName, to: Ino, new_name: FileName, mode: RenameMode },
+
+    // Attributes.
+    SetAttr { ino: Ino, set: SetAttr },
+    SetXattr { ino: Ino, name: Vec<u8>, value: Vec<u8>, mode: XattrMode },
+    RemoveXattr { ino: Ino, name: Vec<u8> },
+
+    // Bytes.
+    /// Commits flushed cells. All cells are checked before any is changed.
+    Write { ino: Ino, cells: Vec<CellWrite>, size_at_least: u64, mtime: Option<Timestamp>, drop_privileges: bool },
+    /// Makes whole cells holes; the size stays.
+    Punch { ino: Ino, first: CellIndex, cells: u64 },
+    /// Shares whole cells of `source` with `ino` (copy_file_range, reflink).
+    CloneCells { source: Ino, first: CellIndex, ino: Ino, to: CellIndex, cells: u64, size_at_least: u64 },
+    /// Drops inodes without links that no server has open any more.
+    Reap { inos: Vec<Ino> },
+    /// Second phase of garbage collection: forgets chunks whose count is still zero.
+    ForgetChunks { chunks: Vec<ChunkId> },
+
+    // Locks.
+    Lock { ino: Ino, lock: Lock },
+    /// Removes `owner`'s locks inside the range, splitting what reaches over it.
+    Unlock { ino: Ino, owner: LockOwner, kind: LockKind, start: u64, end: u64 },
+    /// Removes every lock of `owner` on `ino`.
+    UnlockAll { ino: Ino, owner: LockOwner },
+
+    // The cluster.
+    /// The first command of a volume: its name, first member and root owner.
+    Found { cluster: ClusterIdentity, member: Member },
+    CreateToken { token: TokenRecord },
+    RevokeToken { hash: [u8; 32] },
+    /// Adds a member; uses up one use of the token.
+    Join { token: [u8; 32], member: Member },
+    /// A member reports a new life: its locks of earlier lives go, its addresses are replaced.
+    Incarnate { node: NodeId, incarnation: Incarnation, addresses: Vec<String>, capacity: u64, version: String },
+    SetMemberState { node: NodeId, state: MemberState },
+    /// For good: the member's key is never accepted again.
+    RemoveMember { node: NodeId },
+    SetPolicy { ino: Ino, policy: Policy },
+}
+
+/// Who the cluster is, replicated so that every server can sign joiners.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterIdentity {
+    /// Random; state directories and peers of another cluster are refused by it.
+    pub id: [u8; 16],
+    /// For people, e.g. `brave-otter`.
+    pub name: String,
+    /// DER of the certificate authority.
+    pub ca_certificate: Vec<u8>,
+}
+
+/// An inode to be made. `mode` is what the program asked for; `umask` counts only where the
+/// parent has no default ACL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewNode {
+    pub content: NewContent,
+    pub mode: u16,
+    pub umask: u16,
+    pub uid: u32,
+    pub gid: u32,
+    /// `O_EXCL`: refuse when the name exists. Without it an existing file is returned as it is.
+    pub exclusive: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NewContent {
+    File,
+    Directory,
+    Symlink { target: Vec<u8> },
+    Fifo,
+    Socket,
+    CharDevice { rdev: u64 },
+    BlockDevice { rdev: u64 },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RenameMode {
+    /// Replaces the target if there is one.
+    Replace,
+    /// `RENAME_NOREPLACE`
+    NoReplace,
+    /// `RENAME_EXCHANGE`
+    Exchange,
+}
+
+/// The fields of chmod, chown, truncate and utimensat; `None` leaves a field alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAttr {
+    pub mode: Option<u16>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    /// Shrinking cuts extents; growing makes a hole.
+    pub size: Option<u64>,
+    pub atime: Option<Timestamp>,
+    pub mtime: Option<Timestamp>,
+    /// Drop setuid, setgid (when group-executable) and `security.capability`, as Linux does for
+    /// the unprivileged writer and for chown.
+    pub drop_privileges: bool,
+    /// chmod by someone outside the file's group, or without CAP_FSETID: setgid is cleared.
+    pub drop_setgid: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum XattrMode {
+    Set,
+    /// `XATTR_CREATE`
+    Create,
+    /// `XATTR_REPLACE`
+    Replace,
+}
+
+/// One cell of a [`Op::Write`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CellWrite {
+    pub cell: CellIndex,
+    /// The stamp the writer merged its bytes over; index 0 stands for a hole. Anything else in
+    /// the metadata means that somebody wrote meanwhile: [`crate::MetaError::CellChanged`].
+    pub expect: LogIndex,
+    /// Offset of the data inside the cell.
+    pub start: u32,
+    /// `None` makes the cell a hole.
+    pub data: Option<ExtentData>,
+    /// Copies the chunk shall have; 0 means the policy's default for the cluster's size.
+    pub copies: u8,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum LockKind {
+    /// fcntl and OFD locks, which share one table; their owners differ.
+    Record,
+    /// flock(2): the whole file, its own table.
+    Flock,
+}
+
+/// Who holds a lock: an owner number the kernel made, on one life of one server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LockOwner {
+    pub node: NodeId,
+    pub incarnation: Incarnation,
+    pub owner: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    pub owner: LockOwner,
+    pub kind: LockKind,
+    pub exclusive: bool,
+    /// First byte.
+    pub start: u64,
+    /// Last byte, inclusive; `u64::MAX` means to the end of the file.
+    pub end: u64,
+    /// Process on the owner's server, for `F_GETLK`.
+    pub pid: u32,
+}
+
+/// What an applied command answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    Done,
+    /// The inode after the command. `made` is false when a non-exclusive create found it there.
+    Entry { attr: Attr, made: bool },
+    Attr(Attr),
+    /// The attributes and, for each cell of a [`Op::Write`], its new stamp.
+    Written { attr: Attr, stamp: LogIndex },
+    Joined { member: Member },
+}
+
+/// What a replica's neighbours must know after a command was applied.
+///
+/// Kernel caches, the cache tier, lock waiters and the repair task live on these; they are
+/// derived on every server by applying, and never travel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The name now leads elsewhere or nowhere.
+    Entry { parent: Ino, name: FileName },
+    Attr { ino: Ino },
+    /// Bytes in `[offset, offset + len)` changed; `len` is `u64::MAX` for "to the end".
+    Data { ino: Ino, offset: u64, len: u64 },
+    /// The last name went; the inode waits for its last close.
+    Orphaned { ino: Ino },
+    /// The inode is gone.
+    Reaped { ino: Ino },
+    LocksFreed { ino: Ino },
+    /// First reference to a chunk, or a wish for more copies of it.
+    ChunkWanted { chunk: ChunkId },
+    /// Nothing refers to the chunk any more and its grace time is over: copies may go.
+    ChunkForgotten { chunk: ChunkId },
+    Members,
+}
+
+/// A cell and its extent, as reads and `ctfs info` see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cell {
+    pub index: CellIndex,
+    pub extent: Extent,
+}
+
+/// The policy that holds for a path, with everything inherited filled in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EffectivePolicy {
+    /// 0: as many as the cluster's size allows, at most 3.
+    pub copies: u8,
+    pub cell: CellSize,
+}

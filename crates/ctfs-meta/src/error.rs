@@ -1,0 +1,64 @@
+//! Why the namespace refused a command.
+
+use ctfs_types::{CellIndex, FileName, Ino};
+use serde::{Deserialize, Serialize};
+
+use crate::command::Lock;
+
+/// A verdict of the state machine: every replica returns the same one for the same log entry.
+///
+/// "No quorum" and "disk full" are not verdicts; they live in `ctfs_vfs::FsError`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum MetaError {
+    #[error("no inode {0}")]
+    NoSuchInode(Ino),
+    #[error("no entry {name:?} in directory {parent}")]
+    NoSuchEntry { parent: Ino, name: FileName },
+    #[error("{name:?} already exists in directory {parent}")]
+    Exists { parent: Ino, name: FileName },
+    #[error("inode {0} is not a directory")]
+    NotDirectory(Ino),
+    #[error("inode {0} is a directory")]
+    IsDirectory(Ino),
+    #[error("directory {0} is not empty")]
+    NotEmpty(Ino),
+    #[error("directory {0} would be moved under itself")]
+    UnderItself(Ino),
+    #[error("inode {0} has as many links as it can have")]
+    TooManyLinks(Ino),
+    #[error("inode {0} is not of a kind that has this operation")]
+    WrongKind(Ino),
+    #[error("size over the limit of a file")]
+    FileTooBig,
+    #[error("symlink target is empty or too long")]
+    BadTarget,
+    #[error("no such extended attribute")]
+    NoSuchXattr,
+    #[error("the extended attribute exists")]
+    XattrExists,
+    #[error("extended attribute name or value too long")]
+    XattrTooBig,
+    #[error("access control list does not parse")]
+    BadAcl,
+    #[error("cell {cell} of inode {ino} changed since it was read")]
+    CellChanged { ino: Ino, cell: CellIndex },
+    #[error("locked by another owner")]
+    Locked { holder: Box<Lock> },
+    /// The owner belongs to a life of a server that has ended.
+    #[error("this server's earlier life has ended")]
+    StaleIncarnation,
+    #[error("the volume was founded already")]
+    AlreadyFounded,
+    #[error("join token is unknown, or was used up or revoked")]
+    NoSuchToken,
+    #[error("join token expired")]
+    TokenExpired,
+    #[error("no such member")]
+    NoSuchMember,
+    #[error("a member with this name exists: {0:?}")]
+    MemberNameTaken(String),
+    #[error("this server's key was removed from the cluster")]
+    KeyRemoved,
+    #[error("policy out of range: {0}")]
+    BadPolicy(String),
+}

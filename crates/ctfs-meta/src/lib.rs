@@ -1,0 +1,28 @@
+//! The namespace: every inode, directory entry, owner, mode, xattr, extent and lock of the file
+//! system, and who its servers are.
+//!
+//! [`Namespace`] is a deterministic state machine over an ordered key-value [`Store`]. Committed
+//! log entries go in through [`Namespace::apply`], verdicts come out, and every replica that
+//! applied the same log prefix is equal byte for byte. It reads no clock and draws no
+//! randomness: a timestamp is stamped by the server that proposed the command.
+//!
+//! Reading order: [`command`] (what can be asked), [`namespace`] (what it does), [`error`] (why
+//! it may be refused), [`store`] (where it is kept).
+
+pub mod command;
+pub mod error;
+pub mod member;
+pub mod namespace;
+pub mod store;
+
+pub use command::{
+    Cell, CellWrite, Change, ClusterIdentity, Command, EffectivePolicy, Lock, LockKind, LockOwner, NewContent, NewNode,
+    Op, RenameMode, Reply, SetAttr, XattrMode,
+};
+pub use error::MetaError;
+pub use member::{Member, MemberState, Policy, TokenRecord};
+pub use namespace::{Applied, ChunkRecord, DirEntry, Namespace, Totals};
+pub use store::{Batch, MemoryStore, Store, StoreError};
+
+/// The namespace as one server shares it between its tasks: many readers, one applier.
+pub type SharedNamespace = std::sync::Arc<parking_lot::RwLock<Namespace>>;

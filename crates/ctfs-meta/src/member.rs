@@ -1,0 +1,50 @@
+//! Servers, join tokens and policies, as the replicated state holds them.
+
+use ctfs_types::{CellSize, Incarnation, NodeId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// One server of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    pub node: NodeId,
+    /// Unique among members, for people.
+    pub name: String,
+    /// Chunks are spread over zones first.
+    pub zone: String,
+    /// BLAKE3 of the server's public key (DER SubjectPublicKeyInfo): its identity.
+    pub key: [u8; 32],
+    /// `host:port` spellings at which it answers, best first.
+    pub addresses: Vec<String>,
+    /// Bytes its chunk store may take; the weight in placement.
+    pub capacity: u64,
+    pub state: MemberState,
+    pub incarnation: Incarnation,
+    pub version: String,
+    pub joined: Timestamp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemberState {
+    /// Holds the chunks that placement gives it.
+    Active,
+    /// Not heard of for so long that its chunks are kept elsewhere until it returns.
+    Away,
+}
+
+/// A join token as the cluster remembers it: never the secret itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// BLAKE3 of the secret.
+    pub hash: [u8; 32],
+    pub expires: Timestamp,
+    pub uses_left: u32,
+}
+
+/// What an operator set on one directory; `None` inherits from the parent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Servers that hold each chunk; 0 means automatic.
+    pub copies: Option<u8>,
+    /// Grid of files made from now on.
+    pub cell: Option<CellSize>,
+}

@@ -1,0 +1,71 @@
+//! The ordered key-value store under the namespace.
+
+use std::ops::ControlFlow;
+
+/// What a store must do for the namespace. Implemented in memory for tests, simulation and
+/// overlays, and over sled by `ctfs-consensus`.
+pub trait Store: Send + Sync {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// Visits the records with `from <= key < to` in key order until `visit` breaks.
+    fn range(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+    ) -> Result<(), StoreError>;
+
+    /// Writes the whole batch or nothing, also when the process dies inside.
+    fn write(&mut self, batch: Batch) -> Result<(), StoreError>;
+}
+
+/// Writes in key order; `None` deletes.
+pub type Batch = std::collections::BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+
+/// The store is unusable: not a verdict, the server must stop and rebuild it.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    #[error("metadata store: {0}")]
+    Io(String),
+    #[error("metadata record damaged under key {key:02x?}: {why}")]
+    Corrupt { key: Vec<u8>, why: String },
+}
+
+/// The store in memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MemoryStore {
+    records: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+impl Store for MemoryStore {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.records.get(key).cloned())
+    }
+
+    fn range(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+    ) -> Result<(), StoreError> {
+        if from >= to {
+            return Ok(());
+        }
+        for (key, value) in self.records.range(from.to_vec()..to.to_vec()) {
+            if visit(key, value).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+        for (key, value) in batch {
+            match value {
+                Some(value) => self.records.insert(key, value),
+                None => self.records.remove(&key),
+            };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,1 @@
+//! Peers over QUIC: identity, framing, small calls and bulk transfers.

@@ -1,0 +1,1 @@
+//! One CTFS server: wiring, apply loop, repair, garbage collection, admin.

@@ -1,0 +1,20 @@
+//! The words every other crate of CTFS shares: ids, names, attributes, extents, limits.
+//!
+//! No behaviour lives here beyond validation and encoding. [`codec`] is the only place in CTFS
+//! that names bincode: everything that reaches a disk or a wire goes through it.
+
+pub mod attr;
+pub mod codec;
+pub mod extent;
+pub mod ids;
+pub mod limits;
+pub mod name;
+pub mod size;
+pub mod time;
+
+pub use attr::{Attr, FileKind};
+pub use extent::{CellIndex, CellSize, Extent, ExtentData};
+pub use ids::{ChunkId, Incarnation, Ino, LogIndex, NodeId, RequestId};
+pub use name::{FileName, InvalidName};
+pub use size::ByteSize;
+pub use time::Timestamp;

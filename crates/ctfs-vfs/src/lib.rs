@@ -1,0 +1,1 @@
+//! File system semantics of CTFS: operations, handles, errno.
