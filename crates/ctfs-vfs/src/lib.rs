@@ -1,1 +1,14 @@
-//! File system semantics of CTFS: operations, handles, errno.
+//! The semantics of a file system: every operation the kernel can ask, as an async function.
+//!
+//! Names and attributes are read from the local replica of the namespace and changed by proposing
+//! commands; bytes go through [`content`]. Nothing here knows FUSE, sockets or disks: those come
+//! in as [`Metadata`] and [`ChunkAccess`], so a test can run all of it in memory.
+//!
+//! Reading order: [`access`] (what is needed from outside), [`error`] and [`errno`] (how it fails).
+
+pub mod access;
+pub mod errno;
+pub mod error;
+
+pub use access::{ChunkAccess, Metadata, SpaceReport};
+pub use error::FsError;

@@ -1,0 +1,75 @@
+//! What the file system needs of the rest of a server: agreed metadata, and chunks.
+//!
+//! Implemented over consensus and the chunk stores in the node, and in memory in tests.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use ctfs_meta::{Op, Reply, SharedNamespace};
+use ctfs_types::{ChunkId, Incarnation, NodeId};
+
+use crate::FsError;
+
+/// The replicated namespace, as this server sees it.
+#[async_trait]
+pub trait Metadata: Send + Sync + 'static {
+    /// The local replica. Reads under its lock are linearizable while [`Self::leased`] says so,
+    /// or right after [`Self::barrier`].
+    fn replica(&self) -> &SharedNamespace;
+
+    /// Has `op` happen once and answers when it is visible on every live server, and applied here.
+    ///
+    /// # Errors
+    /// - [`FsError::Meta`]: the namespace refused.
+    /// - [`FsError::NoQuorum`]: no majority in time; the op may still happen.
+    async fn propose(&self, op: Op) -> Result<Reply, FsError>;
+
+    /// Returns once the local replica holds everything that was visible anywhere before the call.
+    ///
+    /// # Errors
+    /// [`FsError::NoQuorum`]: nobody could confirm it in time.
+    async fn barrier(&self) -> Result<(), FsError>;
+
+    fn node(&self) -> NodeId;
+
+    /// This life of the daemon; locks belong to it.
+    fn incarnation(&self) -> Incarnation;
+
+    /// Whether this server's read lease holds at this moment.
+    fn leased(&self) -> bool;
+}
+
+/// Immutable chunks, wherever they live.
+#[async_trait]
+pub trait ChunkAccess: Send + Sync + 'static {
+    /// The chunk's bytes, `len` of them, checked against its name.
+    ///
+    /// # Errors
+    /// - [`FsError::ChunkLost`]: every server was asked and none has a valid copy.
+    /// - [`FsError::ChunkUnavailable`]: servers that may have it did not answer in time.
+    async fn get(&self, id: ChunkId, len: u32) -> Result<Bytes, FsError>;
+
+    /// Makes the bytes durable on `copies` servers (0: automatic) and answers their name.
+    ///
+    /// # Errors
+    /// [`FsError::TooFewCopies`], [`FsError::NoSpace`].
+    async fn put(&self, bytes: Bytes, copies: u8) -> Result<ChunkId, FsError>;
+
+    /// Starts to fetch the chunk, if that is cheap at the moment.
+    fn prefetch(&self, id: ChunkId, len: u32);
+
+    /// Space in the cluster, from what this server knows; never waits.
+    fn free(&self) -> SpaceReport;
+}
+
+/// Space as `df` shows it, copies already divided out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SpaceReport {
+    /// Bytes of file content the cluster could hold.
+    pub total: u64,
+    /// Bytes not taken.
+    pub free: u64,
+    /// Bytes that programs may still take.
+    pub available: u64,
+    /// Inodes that may still be made.
+    pub files: u64,
+}
