@@ -5,5 +5,16 @@
 //! and its copy-aside view), [`snapshot`] (the state as a file), [`machine`] (entries into state),
 //! [`storage`] (opening all of it, and rebuilding what does not check).
 
+mod durable;
+pub mod log;
+pub mod machine;
 pub mod observer;
 pub mod raft_types;
+pub mod sled_store;
+pub mod snapshot;
+mod state_dir;
+pub mod storage;
+pub mod versioned;
+
+pub use observer::Observer;
+pub use storage::{Storage, StorageError, StorageSettings};

@@ -1,0 +1,367 @@
+//! Entries into state: openraft's view of the replica.
+//!
+//! One entry is one [`Namespace::apply`] and one batch of the store, which also records how far
+//! the log was applied. Its changes go to the [`Observer`] after the replica's lock is dropped.
+//! A store that fails or turns out damaged ends the server's service: the state is marked bad and
+//! is rebuilt from snapshot and log at the next start.
+//!
+//! [`Namespace::apply`]: ctfs_meta::Namespace::apply
+
+use std::{fmt, fs::File, sync::Arc};
+
+use ctfs_meta::{Command, SharedNamespace, StoreError};
+use openraft::{
+    AnyError, EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot, StorageIOError, storage::RaftStateMachine,
+};
+use parking_lot::Mutex;
+use tracing::{error, info, warn};
+
+use crate::{
+    observer::Observer,
+    raft_types::{
+        RaftEntry, RaftLogId, RaftMembership, RaftSnapshotMeta, RaftStorageError, TypeConfig, Verdicts, log_index,
+    },
+    snapshot::{self, Header, SLICE_BYTES, SLICE_RECORDS, SnapshotDir, SnapshotError, Writer},
+    state_dir::{Reached, State, StateDir, StateError},
+    versioned::Versions,
+};
+
+/// The replica as openraft drives it. Clones are the same replica.
+#[derive(Clone)]
+pub struct StateMachine {
+    inner: Arc<Inner>,
+}
+
+impl fmt::Debug for StateMachine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StateMachine").field("applied", &self.inner.live.lock().reached.applied).finish_non_exhaustive()
+    }
+}
+
+struct Inner {
+    replica: SharedNamespace,
+    observer: Arc<dyn Observer>,
+    states: StateDir,
+    snapshots: SnapshotDir,
+    live: Mutex<Live>,
+    /// Held while a snapshot is built: there is one cursor at a time.
+    building: Mutex<()>,
+    /// Where the current snapshot file stands; held while it is replaced.
+    current: Mutex<Option<RaftLogId>>,
+    /// Why the replica stands still since the store failed.
+    failed: Mutex<Option<String>>,
+}
+
+/// The store below the replica.
+struct Live {
+    number: u64,
+    versions: Arc<Versions>,
+    reached: Reached,
+}
+
+/// What can go wrong below a call of openraft.
+#[derive(Debug, thiserror::Error)]
+enum MachineError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error("entry {index} was applied already, the state is at {applied:?}")]
+    NotNext { index: u64, applied: Option<RaftLogId> },
+    #[error("the replica stands still since its store failed: {0}")]
+    Failed(String),
+    #[error("task broke down: {0}")]
+    Panic(String),
+}
+
+impl StateMachine {
+    pub(crate) fn new(
+        state: State,
+        states: StateDir,
+        snapshots: SnapshotDir,
+        snapshot_at: Option<RaftLogId>,
+        observer: Arc<dyn Observer>,
+    ) -> Self {
+        let State { number, versions, namespace, reached } = state;
+        let inner = Inner {
+            replica: Arc::new(parking_lot::RwLock::new(namespace)),
+            observer,
+            states,
+            snapshots,
+            live: Mutex::new(Live { number, versions, reached }),
+            building: Mutex::new(()),
+            current: Mutex::new(snapshot_at),
+            failed: Mutex::new(None),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The replica, to be read by everybody and written by this machine alone.
+    pub fn replica(&self) -> SharedNamespace {
+        self.inner.replica.clone()
+    }
+
+    /// Makes the state as it is now durable, which bounds how much log a restart applies again.
+    /// Blocks for the disk.
+    pub fn checkpoint(&self) -> Result<(), StoreError> {
+        let versions = self.inner.live.lock().versions.clone();
+        versions.store().checkpoint()
+    }
+
+    /// Runs `step` on a thread that may block.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        step: impl FnOnce(&Inner) -> Result<T, MachineError> + Send + 'static,
+    ) -> Result<T, MachineError> {
+        let inner = self.inner.clone();
+        match tokio::task::spawn_blocking(move || step(&inner)).await {
+            Ok(result) => {
+                if let Err(MachineError::Store(why)) = &result {
+                    self.inner.fail(&why.to_string());
+                }
+                result
+            }
+            Err(stopped) if !stopped.is_panic() => Err(MachineError::Failed("the server is stopping".into())),
+            Err(broken) => {
+                // A broken invariant inside the state machine: the state in memory is in doubt.
+                let why = broken.to_string();
+                self.inner.fail(&why);
+                Err(MachineError::Panic(why))
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn check(&self) -> Result<(), MachineError> {
+        match &*self.failed.lock() {
+            Some(why) => Err(MachineError::Failed(why.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops the replica for good and marks its store, so that the next start rebuilds it.
+    fn fail(&self, why: &str) {
+        let number = self.live.lock().number;
+        error!(number, why, "the metadata store failed; it will be rebuilt at the next start");
+        *self.failed.lock() = Some(why.to_owned());
+        if let Err(error) = self.states.poison(number, why) {
+            error!(%error, "the failed metadata store could not be marked");
+        }
+    }
+
+    fn apply(&self, entry: RaftEntry) -> Result<Verdicts, MachineError> {
+        let id = entry.log_id;
+        let index = log_index(id.index);
+        let (commands, membership): (Vec<Command>, _) = match entry.payload {
+            EntryPayload::Blank => (Vec::new(), None),
+            EntryPayload::Normal(entries) => (entries.commands, None),
+            EntryPayload::Membership(membership) => (Vec::new(), Some(RaftMembership::new(Some(id), membership))),
+        };
+        let extra = Reached::records(id, membership.as_ref());
+        let applied = {
+            let mut namespace = self.replica.write();
+            if index <= namespace.applied() {
+                let applied = self.live.lock().reached.applied;
+                return Err(MachineError::NotNext { index: id.index, applied });
+            }
+            namespace.apply(index, &commands, extra)?
+        };
+        {
+            let mut live = self.live.lock();
+            live.reached.applied = Some(id);
+            if let Some(membership) = membership {
+                live.reached.membership = membership;
+            }
+        }
+        self.observer.applied(index, applied.changes);
+        Ok(Verdicts(applied.verdicts))
+    }
+
+    /// Writes the state of this moment into a file, while entries go on being applied.
+    fn build(&self) -> Result<(RaftSnapshotMeta, File), MachineError> {
+        let _one_at_a_time = self.building.lock();
+        self.check()?;
+        let (versions, mut cursor, header) = {
+            // The read lock keeps appliers out until the cursor stands.
+            let namespace = self.replica.read();
+            let versions = self.live.lock().versions.clone();
+            let cursor = versions.cursor().expect("the lock above admits one builder");
+            let reached = Reached::load(versions.store())?;
+            let meta = RaftSnapshotMeta {
+                last_log_id: reached.applied,
+                last_membership: reached.membership,
+                snapshot_id: snapshot_id(reached.applied),
+            };
+            let header = Header { meta, applied: namespace.applied(), state_hash: namespace.state_hash() };
+            (versions, cursor, header)
+        };
+
+        let (path, file) = self.snapshots.create()?;
+        let written = (|| -> Result<File, MachineError> {
+            let mut writer = Writer::new(file, &header)?;
+            loop {
+                let records = cursor.next(SLICE_RECORDS, SLICE_BYTES)?;
+                if records.is_empty() {
+                    return Ok(writer.finish()?);
+                }
+                writer.records(&records)?;
+            }
+        })();
+        drop(cursor);
+        if written.is_err() {
+            self.snapshots.discard(&path);
+        }
+        let file = written?;
+
+        let mut current = self.current.lock();
+        if *current > header.meta.last_log_id {
+            // A newer one was installed meanwhile. Ours stays readable through its descriptor.
+            self.snapshots.discard(&path);
+        } else {
+            self.snapshots.adopt(&path)?;
+            *current = header.meta.last_log_id;
+        }
+        drop(current);
+        // openraft purges the log behind a snapshot: from here on the store, too, must reach it.
+        versions.store().checkpoint()?;
+        info!(at = ?header.meta.last_log_id, "snapshot built");
+        Ok((header.meta, rewound(file)?))
+    }
+
+    fn install(&self, meta: &RaftSnapshotMeta, file: &File) -> Result<(), MachineError> {
+        self.check()?;
+        // Everything is verified, and loaded beside the live state, before that is touched.
+        let header = snapshot::verify(file)?;
+        if header.meta != *meta {
+            return Err(SnapshotError::Damaged(format!("it is {}, expected {meta}", header.meta)).into());
+        }
+        let state = self.states.build(Some(file))?;
+        let path = match self.snapshots.path_of(file)? {
+            Some(path) => {
+                file.sync_all().map_err(SnapshotError::from)?;
+                path
+            }
+            None => self.snapshots.copy_in(file)?,
+        };
+        // The file first: from it the next start finishes what a crash interrupts here.
+        {
+            let mut current = self.current.lock();
+            self.snapshots.adopt(&path)?;
+            *current = meta.last_log_id;
+        }
+        self.states.point_to(state.number).map_err(StateError::from)?;
+
+        let State { number, versions, namespace, reached } = state;
+        let (old_namespace, old) = {
+            let mut replica = self.replica.write();
+            let old_namespace = std::mem::replace(&mut *replica, namespace);
+            let mut live = self.live.lock();
+            (old_namespace, std::mem::replace(&mut *live, Live { number, versions, reached }))
+        };
+        drop(old_namespace);
+        drop(old);
+        // A snapshot being built may still read the old store through its descriptors, so its
+        // directory goes at once only when nobody does.
+        if let Some(_nobody_builds) = self.building.try_lock()
+            && let Err(error) = self.states.remove_others(number)
+        {
+            warn!(%error, "an old metadata store stays until the next start");
+        }
+        info!(at = ?meta.last_log_id, "snapshot installed");
+        self.observer.installed_snapshot();
+        Ok(())
+    }
+
+    fn current_snapshot(&self) -> Result<Option<(RaftSnapshotMeta, File)>, MachineError> {
+        let Some(file) = self.snapshots.current()? else { return Ok(None) };
+        let header = snapshot::read_header(&file)?;
+        Ok(Some((header.meta, rewound(file)?)))
+    }
+}
+
+/// Ids must differ between any two files, also of one index: receivers join pieces by them.
+fn snapshot_id(at: Option<RaftLogId>) -> String {
+    match at {
+        Some(id) => format!("{}-{}-{:08x}", id.leader_id.term, id.index, rand::random::<u32>()),
+        None => format!("empty-{:08x}", rand::random::<u32>()),
+    }
+}
+
+fn rewound(mut file: File) -> Result<File, SnapshotError> {
+    use std::io::{Seek, SeekFrom};
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<RaftLogId>, RaftMembership), RaftStorageError> {
+        let live = self.inner.live.lock();
+        Ok((live.reached.applied, live.reached.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Verdicts>, RaftStorageError>
+    where
+        I: IntoIterator<Item = RaftEntry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let entries: Vec<RaftEntry> = entries.into_iter().collect();
+        let Some(first) = entries.first().map(|entry| entry.log_id) else { return Ok(Vec::new()) };
+        self.blocking(move |inner| {
+            inner.check()?;
+            entries.into_iter().map(|entry| inner.apply(entry)).collect()
+        })
+        .await
+        .map_err(|error| StorageIOError::apply(first, AnyError::new(&error)).into())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<tokio::fs::File>, RaftStorageError> {
+        let (_, file) = self
+            .blocking(|inner| Ok(inner.snapshots.create()?))
+            .await
+            .map_err(|error| StorageIOError::write_snapshot(None, AnyError::new(&error)))?;
+        Ok(Box::new(tokio::fs::File::from_std(file)))
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &RaftSnapshotMeta,
+        snapshot: Box<tokio::fs::File>,
+    ) -> Result<(), RaftStorageError> {
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            StorageIOError::write_snapshot(Some(meta.signature()), AnyError::from_dyn(error, None))
+        };
+        let mut snapshot = *snapshot;
+        // Its last write may still be under way, and its error unheard.
+        tokio::io::AsyncWriteExt::flush(&mut snapshot).await.map_err(|error| failed(&error))?;
+        let file = snapshot.into_std().await;
+        let wanted = meta.clone();
+        Ok(self.blocking(move |inner| inner.install(&wanted, &file)).await.map_err(|error| failed(&error))?)
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, RaftStorageError> {
+        let current = self
+            .blocking(|inner| inner.current_snapshot())
+            .await
+            .map_err(|error| StorageIOError::read_snapshot(None, AnyError::new(&error)))?;
+        Ok(current.map(|(meta, file)| Snapshot { meta, snapshot: Box::new(tokio::fs::File::from_std(file)) }))
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, RaftStorageError> {
+        let (meta, file) = self
+            .blocking(|inner| inner.build())
+            .await
+            .map_err(|error| StorageIOError::write_snapshot(None, AnyError::new(&error)))?;
+        Ok(Snapshot { meta, snapshot: Box::new(tokio::fs::File::from_std(file)) })
+    }
+}
