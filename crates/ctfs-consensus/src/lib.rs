@@ -4,17 +4,39 @@
 //! truth: segments of framed entries), [`sled_store`] and [`versioned`] (the materialised state
 //! and its copy-aside view), [`snapshot`] (the state as a file), [`machine`] (entries into state),
 //! [`storage`] (opening all of it, and rebuilding what does not check).
+//!
+//! The running server reads in this order: [`runtime`] (what the rest of the program holds),
+//! `core` (what its tasks share), `proposer` (commands on their way into the log), `visibility`
+//! and `ledger` (leases and reads), [`network`] (between servers), `membership`, [`status`].
 
+mod boottime;
+mod core;
 mod durable;
+pub mod error;
+mod ledger;
 pub mod log;
 pub mod machine;
+mod membership;
+pub mod messages;
+pub mod network;
 pub mod observer;
+mod proposer;
 pub mod raft_types;
+mod relay;
+pub mod runtime;
+pub mod settings;
 pub mod sled_store;
 pub mod snapshot;
 mod state_dir;
+pub mod status;
 pub mod storage;
 pub mod versioned;
+mod visibility;
 
+pub use error::{ProposeError, StartError};
+pub use network::{Transport, TransportError};
 pub use observer::Observer;
+pub use runtime::Consensus;
+pub use settings::{COMMAND_BYTES_MAX, Limits, Settings, Timings};
+pub use status::{ConsensusStatus, ServerStatus};
 pub use storage::{Storage, StorageError, StorageSettings};

@@ -162,3 +162,6 @@ fn open_snapshot(snapshots: &SnapshotDir, settings: &StorageSettings) -> Result<
         Err(error) => Err(error.into()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -178,7 +178,7 @@ fn a_purge_by_a_snapshot_of_a_later_term_drops_conflicting_entries_behind_it() {
         let mut log = open(dir.path());
         append(&mut log, 1, 0..20).await;
         log.purge(id(3, 9)).await.unwrap();
-        assert_eq!(indexes(&all(&mut log).await), []);
+        assert!(all(&mut log).await.is_empty());
         append(&mut log, 3, 10..12).await;
         drop(log);
         assert_eq!(indexes(&all(&mut open(dir.path())).await), [10, 11]);

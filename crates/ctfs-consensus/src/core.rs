@@ -1,0 +1,286 @@
+//! What the tasks of one server's consensus share, and the few questions all of them ask.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use ctfs_meta::SharedNamespace;
+use ctfs_types::{LogIndex, NodeId};
+use openraft::{EmptyNode, Raft, RaftMetrics, ServerState};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot, watch},
+    time::{Instant, timeout, timeout_at},
+};
+
+use crate::{
+    boottime::BootTime,
+    error::ProposeError,
+    ledger::Ledger,
+    messages,
+    network::{QuorumClock, Transport, TransportError},
+    proposer::Ticket,
+    raft_types::{TypeConfig, log_index, log_index_of, node_id, raft_node},
+    relay::Relay,
+    settings::Settings,
+};
+
+/// Pause after a call that failed at once, unless the leader changes before.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+
+pub(crate) type Metrics = RaftMetrics<u64, EmptyNode>;
+
+/// Who leads, as far as this server knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct View {
+    pub term: u64,
+    pub leader: Option<NodeId>,
+    /// Why openraft has ended.
+    pub stopped: Option<String>,
+}
+
+/// A lease as its holder counts it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lease {
+    pub until: BootTime,
+    pub from: LogIndex,
+}
+
+/// Numbers the commands of this life and remembers which are still under way.
+#[derive(Debug, Default)]
+pub(crate) struct Numbers {
+    last: u64,
+    open: BTreeSet<u64>,
+}
+
+impl Numbers {
+    /// The next `seq`, and the `answered` that goes with it.
+    pub fn take(&mut self) -> (u64, u64) {
+        self.last += 1;
+        self.open.insert(self.last);
+        let oldest = self.open.first().copied().unwrap_or(self.last);
+        (self.last, oldest - 1)
+    }
+
+    pub fn done(&mut self, seq: u64) {
+        self.open.remove(&seq);
+    }
+}
+
+pub(crate) struct Core {
+    pub settings: Settings,
+    pub me: NodeId,
+    pub raft: Raft<TypeConfig>,
+    pub replica: SharedNamespace,
+    pub transport: Arc<dyn Transport>,
+    pub clock: Arc<QuorumClock>,
+    pub relay: Arc<Relay>,
+    pub invalidated: watch::Receiver<LogIndex>,
+    pub view: watch::Sender<View>,
+    /// The leader alone, for others.
+    pub leader_watch: watch::Sender<Option<NodeId>>,
+    /// Never goes back.
+    pub visible: watch::Sender<LogIndex>,
+    pub committed: AtomicU64,
+    /// There while this server leads.
+    pub ledger: Mutex<Option<Ledger>>,
+    pub lease: Mutex<Option<Lease>>,
+    /// The highest index a reader here waits to become visible.
+    pub wanted: watch::Sender<LogIndex>,
+    pub readers: mpsc::Sender<oneshot::Sender<Result<LogIndex, ProposeError>>>,
+    /// Commands for the log, at the leader.
+    pub entries: mpsc::Sender<Ticket>,
+    /// Commands for the leader, elsewhere.
+    pub outbox: mpsc::Sender<Ticket>,
+    /// One permit for each command that waits for its answer.
+    pub places: Arc<Semaphore>,
+    pub numbers: Mutex<Numbers>,
+    /// One change of membership at a time.
+    pub changing: tokio::sync::Mutex<()>,
+}
+
+impl Core {
+    /// Learns from openraft who leads and who belongs to the cluster.
+    pub fn observe(&self, metrics: &Metrics) {
+        let applied = log_index_of(metrics.last_applied);
+        self.relay.catch_up(applied);
+        self.committed.fetch_max(applied.0, Ordering::Relaxed);
+        self.keep_ledger(metrics, applied);
+        let view = View {
+            term: metrics.current_term,
+            leader: metrics.current_leader.map(node_id),
+            stopped: metrics.running_state.as_ref().err().map(ToString::to_string),
+        };
+        publish(&self.leader_watch, view.leader);
+        publish(&self.view, view);
+    }
+
+    /// The ledger lives exactly as long as this server's leadership of one term.
+    fn keep_ledger(&self, metrics: &Metrics, applied: LogIndex) {
+        let mut ledger = self.ledger.lock();
+        if !leads(metrics, self.me) {
+            *ledger = None;
+            return;
+        }
+        let now = BootTime::now();
+        let nodes = || metrics.membership_config.nodes().map(|(&node, _)| node_id(node)).collect::<BTreeSet<_>>();
+        if ledger.as_ref().is_none_or(|ledger| ledger.term != metrics.current_term) {
+            tracing::info!(node = %self.me, term = metrics.current_term, "leading");
+            let last_log = metrics.last_log_index.map_or(LogIndex(0), log_index);
+            let visible = *self.visible.borrow();
+            *ledger = Some(Ledger::open(
+                metrics.current_term,
+                &nodes(),
+                last_log,
+                applied,
+                visible,
+                &self.settings.timings,
+                now,
+            ));
+        }
+        // A membership that is not committed may be forgotten by the next leader, who would then
+        // not wait for a lease granted under it.
+        let committed = metrics.membership_config.log_id().is_none_or(|id| Some(id) <= metrics.last_applied);
+        if let (true, Some(ledger)) = (committed, ledger.as_mut()) {
+            ledger.members(&nodes(), now);
+        }
+    }
+
+    pub fn leader(&self) -> Option<NodeId> {
+        self.view.borrow().leader
+    }
+
+    pub fn leads(&self) -> bool {
+        self.leader() == Some(self.me)
+    }
+
+    pub fn stopped(&self) -> Option<ProposeError> {
+        self.view.borrow().stopped.clone().map(ProposeError::Stopped)
+    }
+
+    pub fn raise_visible(&self, index: LogIndex) {
+        self.visible.send_if_modified(|visible| {
+            let news = index > *visible;
+            *visible = index.max(*visible);
+            news
+        });
+    }
+
+    /// When the last message was sent that a quorum acknowledged; `None` when this server does
+    /// not lead.
+    pub fn quorum_acked(&self, now: BootTime) -> Option<BootTime> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        if !leads(&metrics, self.me) {
+            return None;
+        }
+        let configs = metrics.membership_config.membership().get_joint_config();
+        self.clock.quorum(metrics.current_term, configs, raft_node(self.me), now)
+    }
+
+    /// Calls the leader, who is another server, and gives up when the leader changes.
+    pub async fn call_leader<T: serde::de::DeserializeOwned>(
+        &self,
+        leader: NodeId,
+        service: u16,
+        payload: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<T, TransportError> {
+        let mut view = self.view.subscribe();
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let call = timeout(patience, self.transport.call(leader, service, payload, patience));
+        tokio::select! {
+            answer = call => {
+                let answer = answer.map_err(|_| TransportError::Deadline)??;
+                messages::decode(&answer).map_err(|error| TransportError::Refused(error.to_string()))
+            }
+            _ = view.wait_for(|view| view.leader != Some(leader)) => Err(TransportError::Unreachable),
+        }
+    }
+
+    /// Waits for news of the leader, `RETRY_PAUSE` at most when `leader` is known and failed.
+    pub async fn await_other_leader(&self, leader: Option<NodeId>, deadline: Instant) {
+        let mut view = self.view.subscribe();
+        let until = if leader.is_some() { deadline.min(Instant::now() + RETRY_PAUSE) } else { deadline };
+        let news = |view: &View| view.leader != leader || view.stopped.is_some();
+        // Either way the caller looks again.
+        let _ = timeout_at(until, view.wait_for(news)).await;
+    }
+
+    pub async fn await_applied(&self, index: LogIndex, deadline: Instant) -> bool {
+        at_least(&mut self.relay.watch_applied(), index, deadline).await
+    }
+
+    pub async fn await_visible(&self, index: LogIndex, deadline: Instant) -> bool {
+        at_least(&mut self.visible.subscribe(), index, deadline).await
+    }
+
+    /// Entries each member lacks, as the leader knows.
+    pub fn lags(metrics: &Metrics) -> BTreeMap<u64, (LogIndex, u64)> {
+        let last = metrics.last_log_index.map_or(LogIndex(0), log_index);
+        let lag = |matched: LogIndex| (matched, last.0.saturating_sub(matched.0));
+        let replication = metrics.replication.iter().flatten();
+        let mut lags: BTreeMap<_, _> =
+            replication.map(|(&node, &matched)| (node, lag(log_index_of(matched)))).collect();
+        if metrics.replication.is_some() {
+            lags.insert(metrics.id, lag(last));
+        }
+        lags
+    }
+}
+
+fn publish<T: PartialEq>(watch: &watch::Sender<T>, value: T) {
+    watch.send_if_modified(|known| {
+        let news = *known != value;
+        *known = value;
+        news
+    });
+}
+
+fn leads(metrics: &Metrics, me: NodeId) -> bool {
+    metrics.running_state.is_ok()
+        && metrics.state == ServerState::Leader
+        && metrics.current_leader == Some(raft_node(me))
+}
+
+async fn at_least(watch: &mut watch::Receiver<LogIndex>, index: LogIndex, deadline: Instant) -> bool {
+    matches!(timeout_at(deadline, watch.wait_for(|now| *now >= index)).await, Ok(Ok(_)))
+}
+
+/// Tells openraft's news to the core until openraft ends.
+pub(crate) async fn follow(core: Arc<Core>, mut metrics: watch::Receiver<Metrics>) {
+    loop {
+        let now = metrics.borrow_and_update().clone();
+        core.observe(&now);
+        if metrics.changed().await.is_err() {
+            core.view.send_modify(|view| {
+                view.stopped.get_or_insert_with(|| "openraft has ended".to_owned());
+            });
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answered_stays_below_the_oldest_open_request() {
+        let mut numbers = Numbers::default();
+        assert_eq!(numbers.take(), (1, 0));
+        assert_eq!(numbers.take(), (2, 0));
+        numbers.done(2);
+        assert_eq!(numbers.take(), (3, 0));
+        numbers.done(1);
+        assert_eq!(numbers.take(), (4, 2));
+        numbers.done(3);
+        numbers.done(4);
+        assert_eq!(numbers.take(), (5, 4));
+    }
+}

@@ -1,0 +1,301 @@
+//! Commands on their way into the log.
+//!
+//! openraft waits for each flush of the log before the next, so proposals do not share an fsync
+//! by themselves. Here they do: [`pack`] puts what has arrived while entries are being written
+//! into the next one. A server that does not lead sends what waits to the leader the same way
+//! ([`forward`]). [`Core::propose`] retries under the same request id until its deadline, and
+//! answers when the change is visible everywhere and applied here.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use ctfs_meta::{Command, MetaError, Op, Reply};
+use ctfs_types::{NodeId, RequestId, Timestamp, codec};
+use openraft::error::ClientWriteError;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    core::Core,
+    error::ProposeError,
+    messages::{self, Answer, Forward, Forwarded, service},
+    raft_types::{Entries, TypeConfig, log_index},
+    settings::COMMAND_BYTES_MAX,
+};
+
+/// Beyond a lease, what a change may take at the leader before a follower asks again.
+const FORWARD_SLACK: Duration = Duration::from_millis(1500);
+
+/// A command that waits for its answer.
+pub(crate) struct Ticket {
+    command: Command,
+    bytes: usize,
+    deadline: Instant,
+    answer: oneshot::Sender<Outcome>,
+}
+
+/// How one try ended. A ticket that is dropped means [`Outcome::Unsure`].
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Answered(Answer),
+    /// It did not happen by this try.
+    NotLeader,
+    /// It may have happened.
+    Unsure,
+}
+
+/// Frees a request number whichever way the request ends.
+struct Number<'a> {
+    core: &'a Core,
+    seq: u64,
+}
+
+impl Drop for Number<'_> {
+    fn drop(&mut self) {
+        self.core.numbers.lock().done(self.seq);
+    }
+}
+
+impl Core {
+    /// Proposes `op` and waits until it is visible everywhere and applied here.
+    pub async fn propose(&self, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+        let started = Instant::now();
+        let deadline = started + self.settings.timings.propose_deadline;
+        let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
+        let Ok(place) = timeout_at(deadline, self.places.acquire()).await else { return Err(no_quorum()) };
+        let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
+
+        let (seq, answered) = self.numbers.lock().take();
+        let _number = Number { core: self, seq };
+        let request = RequestId { client: self.settings.incarnation.0, seq };
+        let command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op };
+        let bytes = encoded_bytes(&command);
+        if bytes > COMMAND_BYTES_MAX {
+            return Err(ProposeError::TooLarge { bytes, max: COMMAND_BYTES_MAX });
+        }
+
+        while Instant::now() < deadline {
+            if let Some(stopped) = self.stopped() {
+                return Err(stopped);
+            }
+            let leader = self.leader();
+            if let Some(leader) = leader
+                && let Outcome::Answered(answer) = self.attempt(leader, &command, bytes, deadline).await
+            {
+                self.raise_visible(answer.index);
+                return if self.await_applied(answer.index, deadline).await { Ok(answer.verdict) } else { Err(no_quorum()) };
+            }
+            self.await_other_leader(leader, deadline).await;
+        }
+        Err(no_quorum())
+    }
+
+    async fn attempt(&self, leader: NodeId, command: &Command, bytes: usize, deadline: Instant) -> Outcome {
+        let (answer, answered) = oneshot::channel();
+        let ticket = Ticket { command: command.clone(), bytes, deadline, answer };
+        let queue = if leader == self.me { &self.entries } else { &self.outbox };
+        let mut view = self.view.subscribe();
+        let served = async {
+            if queue.send(ticket).await.is_err() {
+                return Outcome::Unsure;
+            }
+            answered.await.unwrap_or(Outcome::Unsure)
+        };
+        tokio::select! {
+            outcome = timeout_at(deadline, served) => outcome.unwrap_or(Outcome::Unsure),
+            // Another leader: it is worth asking there, the request id keeps it from happening twice.
+            _ = view.wait_for(|view| view.leader.is_some_and(|now| now != leader) || view.stopped.is_some()) => {
+                Outcome::Unsure
+            }
+        }
+    }
+
+    /// The leader's side of [`forward`].
+    ///
+    /// # Errors
+    /// A text for the log of the sender when the message breaks a limit.
+    pub async fn forwarded(&self, message: Forward) -> Result<Forwarded, String> {
+        let limits = &self.settings.limits;
+        let sizes: Vec<usize> = message.commands.iter().map(encoded_bytes).collect();
+        if message.commands.is_empty() || sizes.len() > limits.entry_commands {
+            return Err(format!("{} commands in one message", sizes.len()));
+        }
+        if let Some(bytes) = sizes.iter().find(|&&bytes| bytes > COMMAND_BYTES_MAX) {
+            return Err(format!("command of {bytes} bytes"));
+        }
+        if !self.leads() {
+            return Ok(Forwarded::NotLeader);
+        }
+        let deadline = Instant::now() + message.patience.min(self.settings.timings.propose_deadline);
+        let unsure = || Forwarded::Answers(vec![None; sizes.len()]);
+        let Ok(Ok(_places)) = timeout_at(deadline, self.places.acquire_many(sizes.len() as u32)).await else {
+            return Ok(unsure());
+        };
+        let mut waiting = Vec::with_capacity(sizes.len());
+        for (command, &bytes) in message.commands.into_iter().zip(&sizes) {
+            let (answer, answered) = oneshot::channel();
+            if self.entries.send(Ticket { command, bytes, deadline, answer }).await.is_err() {
+                return Ok(unsure());
+            }
+            waiting.push(answered);
+        }
+        let mut answers = Vec::with_capacity(sizes.len());
+        let mut refused = 0;
+        for answered in waiting {
+            answers.push(match timeout_at(deadline, answered).await {
+                Ok(Ok(Outcome::Answered(answer))) => Some(answer),
+                Ok(Ok(Outcome::NotLeader)) => {
+                    refused += 1;
+                    None
+                }
+                Ok(Ok(Outcome::Unsure) | Err(_)) | Err(_) => None,
+            });
+        }
+        Ok(if refused == answers.len() { Forwarded::NotLeader } else { Forwarded::Answers(answers) })
+    }
+}
+
+fn encoded_bytes(command: &Command) -> usize {
+    codec::encode(messages::VERSION, command).len()
+}
+
+/// Takes tickets from a queue in batches that fit into one entry or one call.
+struct Batches {
+    queue: mpsc::Receiver<Ticket>,
+    /// Did not fit into the batch before.
+    next: Option<Ticket>,
+    bytes_max: usize,
+    commands_max: usize,
+}
+
+impl Batches {
+    fn new(core: &Core, queue: mpsc::Receiver<Ticket>) -> Self {
+        let limits = &core.settings.limits;
+        Self { queue, next: None, bytes_max: limits.entry_bytes, commands_max: limits.entry_commands }
+    }
+
+    /// Waits for a ticket and a permit, and then takes all that waits by now and fits. `None`
+    /// when the server shuts down.
+    async fn next(&mut self, in_flight: &Arc<Semaphore>) -> Option<(Vec<Ticket>, OwnedSemaphorePermit)> {
+        loop {
+            let first = match self.next.take() {
+                Some(ticket) => ticket,
+                None => self.queue.recv().await?,
+            };
+            let permit = in_flight.clone().acquire_owned().await.ok()?;
+            let mut bytes = first.bytes;
+            let mut batch = vec![first];
+            while batch.len() < self.commands_max {
+                let Ok(ticket) = self.queue.try_recv() else { break };
+                if bytes + ticket.bytes > self.bytes_max {
+                    self.next = Some(ticket);
+                    break;
+                }
+                bytes += ticket.bytes;
+                batch.push(ticket);
+            }
+            // Whose asker gave up before it was written need not be written.
+            batch.retain(|ticket| !ticket.answer.is_closed());
+            if !batch.is_empty() {
+                return Some((batch, permit));
+            }
+        }
+    }
+}
+
+/// At the leader: writes what waits, one entry for many commands.
+pub(crate) async fn pack(core: Arc<Core>, queue: mpsc::Receiver<Ticket>) {
+    let in_flight = Arc::new(Semaphore::new(core.settings.limits.entries_in_flight));
+    let mut batches = Batches::new(&core, queue);
+    while let Some((batch, permit)) = batches.next(&in_flight).await {
+        let (commands, askers): (Vec<_>, Vec<_>) =
+            batch.into_iter().map(|ticket| (ticket.command, (ticket.answer, ticket.deadline))).unzip();
+        // Sent from here, so that entries keep the order of the queue.
+        match core.raft.client_write_ff(Entries { commands }).await {
+            Ok(written) => drop(tokio::spawn(answer(core.clone(), written, permit, askers))),
+            Err(fatal) => tracing::error!(error = %fatal, "openraft has ended; commands are refused"),
+        }
+    }
+}
+
+type Written = oneshot::Receiver<openraft::raft::ClientWriteResult<TypeConfig>>;
+
+/// Waits until the entry is applied, then until it is visible, and tells the askers.
+async fn answer(
+    core: Arc<Core>,
+    written: Written,
+    permit: OwnedSemaphorePermit,
+    askers: Vec<(oneshot::Sender<Outcome>, Instant)>,
+) {
+    let written = written.await;
+    drop(permit);
+    let response = match written {
+        Ok(Ok(response)) => response,
+        Ok(Err(refusal)) => {
+            let outcome = match refusal {
+                ClientWriteError::ForwardToLeader(_) => || Outcome::NotLeader,
+                ClientWriteError::ChangeMembershipError(_) => || Outcome::Unsure,
+            };
+            // An entry that was cut off by the next leader did not happen by this try, either.
+            askers.into_iter().for_each(|(asker, _)| drop(asker.send(outcome())));
+            return;
+        }
+        // openraft has ended. The dropped askers learn that nothing is sure.
+        Err(_) => return,
+    };
+    let index = log_index(response.log_id.index);
+    let deadline = askers.iter().map(|(_, deadline)| *deadline).max().unwrap_or_else(Instant::now);
+    if response.data.0.len() != askers.len() {
+        tracing::error!(%index, verdicts = response.data.0.len(), commands = askers.len(), "verdicts do not match");
+        return;
+    }
+    if !core.await_visible(index, deadline).await {
+        return;
+    }
+    for ((asker, _), verdict) in askers.into_iter().zip(response.data.0) {
+        // Whoever gave up meanwhile does not listen.
+        let _ = asker.send(Outcome::Answered(Answer { index, verdict }));
+    }
+}
+
+/// Elsewhere: sends what waits to the leader, many commands in one call.
+pub(crate) async fn forward(core: Arc<Core>, queue: mpsc::Receiver<Ticket>) {
+    let in_flight = Arc::new(Semaphore::new(core.settings.limits.forwards_in_flight));
+    let mut batches = Batches::new(&core, queue);
+    while let Some((batch, permit)) = batches.next(&in_flight).await {
+        let core = core.clone();
+        tokio::spawn(async move {
+            let _permit = permit;
+            send(&core, batch).await;
+        });
+    }
+}
+
+async fn send(core: &Core, batch: Vec<Ticket>) {
+    let Some(leader) = core.leader().filter(|leader| *leader != core.me) else {
+        batch.into_iter().for_each(|ticket| drop(ticket.answer.send(Outcome::NotLeader)));
+        return;
+    };
+    let now = Instant::now();
+    let deadline = batch.iter().map(|ticket| ticket.deadline).max().unwrap_or(now);
+    let deadline = deadline.min(now + core.settings.timings.lease + FORWARD_SLACK);
+    let (commands, askers): (Vec<_>, Vec<_>) =
+        batch.into_iter().map(|ticket| (ticket.command, ticket.answer)).unzip();
+    let message = Forward { patience: deadline.saturating_duration_since(now), commands };
+    let outcomes: Vec<Outcome> =
+        match core.call_leader(leader, service::FORWARD, messages::encode(&message), deadline).await {
+            Ok(Forwarded::Answers(answers)) if answers.len() == askers.len() => {
+                answers.into_iter().map(|answer| answer.map_or(Outcome::Unsure, Outcome::Answered)).collect()
+            }
+            Ok(Forwarded::Answers(_)) | Err(_) => askers.iter().map(|_| Outcome::Unsure).collect(),
+            Ok(Forwarded::NotLeader) => askers.iter().map(|_| Outcome::NotLeader).collect(),
+        };
+    for (asker, outcome) in askers.into_iter().zip(outcomes) {
+        // Whoever gave up meanwhile does not listen.
+        let _ = asker.send(outcome);
+    }
+}

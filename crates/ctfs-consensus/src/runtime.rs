@@ -1,0 +1,328 @@
+//! One server's consensus, started: what the rest of the program holds.
+
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use ctfs_meta::{MetaError, Op, Reply, SharedNamespace};
+use ctfs_types::{LogIndex, NodeId};
+use openraft::{
+    Config, Raft, SnapshotPolicy, Vote,
+    raft::{AppendEntriesRequest, InstallSnapshotRequest, VoteRequest, VoteResponse},
+};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Semaphore, mpsc, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+
+use crate::{
+    boottime::BootTime,
+    core::{self, Core, Numbers, View},
+    error::{ProposeError, StartError},
+    messages::{self, AwaitVisible, Forward, ReadIndex, Renew, service},
+    network::{PeerNetwork, QuorumClock, Transport, encode_result},
+    observer::Observer,
+    proposer,
+    raft_types::{TypeConfig, raft_node},
+    relay::Relay,
+    settings::{Limits, Settings, Timings},
+    status::ConsensusStatus,
+    storage::Storage,
+    visibility,
+};
+
+/// Waits of a shutdown, each.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// One server's part in the replicated log. Clones are the same server.
+#[derive(Clone)]
+pub struct Consensus {
+    core: Arc<Core>,
+    tasks: Arc<Tasks>,
+}
+
+/// The running tasks; they end with the last clone of [`Consensus`].
+struct Tasks(Mutex<Vec<JoinHandle<()>>>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.0.get_mut().iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Consensus {
+    /// Opens the log and the state in `settings.dir` and takes part from now on.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(
+        settings: Settings,
+        transport: Arc<dyn Transport>,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self, StartError> {
+        let config = raft_config(&settings.timings, &settings.limits)?;
+        let relay = Relay::new(observer.clone());
+        let (dir, sizes, told) = (settings.dir.clone(), settings.storage.clone(), relay.clone());
+        let storage = tokio::task::spawn_blocking(move || Storage::open(&dir, &sizes, told))
+            .await
+            .map_err(|error| StartError::Raft(error.to_string()))??;
+        let clock = Arc::new(QuorumClock::default());
+        let network = PeerNetwork { me: raft_node(settings.node), transport: transport.clone(), clock: clock.clone() };
+        let raft = Raft::new(raft_node(settings.node), Arc::new(config), network, storage.log, storage.machine)
+            .await
+            .map_err(|error| StartError::Raft(error.to_string()))?;
+
+        let queued = settings.limits.queued_commands;
+        let (readers, readers_queue) = mpsc::channel(queued);
+        let (entries, entries_queue) = mpsc::channel(queued);
+        let (outbox, outbox_queue) = mpsc::channel(queued);
+        let core = Arc::new(Core {
+            me: settings.node,
+            raft: raft.clone(),
+            replica: storage.replica,
+            transport,
+            clock,
+            relay,
+            invalidated: observer.invalidated(),
+            view: watch::Sender::new(View::default()),
+            leader_watch: watch::Sender::new(None),
+            visible: watch::Sender::new(LogIndex(0)),
+            committed: AtomicU64::new(0),
+            ledger: Mutex::new(None),
+            lease: Mutex::new(None),
+            wanted: watch::Sender::new(LogIndex(0)),
+            readers,
+            entries,
+            outbox,
+            places: Arc::new(Semaphore::new(queued)),
+            numbers: Mutex::new(Numbers::default()),
+            changing: tokio::sync::Mutex::new(()),
+            settings,
+        });
+        // openraft answers this only after it has published its state for the first time.
+        raft.is_initialized().await.map_err(|error| StartError::Raft(error.to_string()))?;
+        core.observe(&raft.metrics().borrow().clone());
+
+        let tasks = vec![
+            spawn(core::follow(core.clone(), raft.metrics())),
+            spawn(visibility::renew(core.clone())),
+            spawn(visibility::lapse(core.clone())),
+            spawn(visibility::chase(core.clone())),
+            spawn(visibility::serve_readers(core.clone(), readers_queue)),
+            spawn(proposer::pack(core.clone(), entries_queue)),
+            spawn(proposer::forward(core.clone(), outbox_queue)),
+        ];
+        Ok(Self { core, tasks: Arc::new(Tasks(Mutex::new(tasks))) })
+    }
+
+    /// Whether this server belongs to a volume: it founded one, or was made a member of one.
+    pub fn is_initialized(&self) -> bool {
+        let metrics = self.core.raft.metrics();
+        let metrics = metrics.borrow();
+        metrics.last_log_index.is_some() || metrics.membership_config.voter_ids().next().is_some()
+    }
+
+    /// Makes this server the first of a new volume, with itself as the only voter, and proposes
+    /// `command`, an [`Op::Found`]. May be repeated after an interruption.
+    ///
+    /// # Errors
+    /// [`ProposeError::Refused`] when the volume was founded before; else as [`Self::propose`].
+    pub async fn found(&self, command: Op) -> Result<(), ProposeError> {
+        self.core.found(command).await
+    }
+
+    /// The local copy of the namespace. Read it after [`Self::barrier`].
+    pub fn replica(&self) -> SharedNamespace {
+        self.core.replica.clone()
+    }
+
+    /// Proposes `op` and answers with its verdict when it is visible on every leased server and
+    /// applied here. It happens at most once, whatever is retried on the way.
+    ///
+    /// # Errors
+    /// - [`ProposeError::NoQuorum`]: no answer within [`Timings::propose_deadline`]; it may still
+    ///   happen later.
+    /// - [`ProposeError::TooLarge`]: it did not happen.
+    /// - [`ProposeError::Stopped`]: it may have happened.
+    pub async fn propose(&self, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+        self.core.propose(op).await
+    }
+
+    /// After this a read of [`Self::replica`] sees every change answered before the call, and
+    /// nothing that another server may not show yet. At once while leased and quiet.
+    ///
+    /// A lease can lapse between this and the read: [`Self::leased`] after the read tells.
+    ///
+    /// # Errors
+    /// [`ProposeError::NoQuorum`] after [`Timings::barrier_deadline`], [`ProposeError::Stopped`].
+    pub async fn barrier(&self) -> Result<(), ProposeError> {
+        self.core.barrier().await
+    }
+
+    /// Whether this server holds a read lease right now.
+    pub fn leased(&self) -> bool {
+        self.core.leased()
+    }
+
+    /// Whether [`Self::barrier`] would return at once.
+    pub fn read_ready(&self) -> bool {
+        let shown = self.core.relay.applied_index();
+        self.core.leased() && *self.core.visible.borrow() >= shown
+    }
+
+    /// How far the local replica has come.
+    pub fn applied(&self) -> watch::Receiver<LogIndex> {
+        self.core.relay.watch_applied()
+    }
+
+    /// Known here to be applied and invalidated on every leased server.
+    pub fn visible(&self) -> watch::Receiver<LogIndex> {
+        self.core.visible.subscribe()
+    }
+
+    pub fn status(&self) -> ConsensusStatus {
+        self.core.status()
+    }
+
+    /// Changes with every change of leader.
+    pub fn leader(&self) -> watch::Receiver<Option<NodeId>> {
+        self.core.leader_watch.subscribe()
+    }
+
+    /// Brings the membership to exactly these voters and learners: adds who is missing as a
+    /// learner, waits until new voters have nearly the whole log, changes the voters through a
+    /// joint membership, and removes who is not wanted any more. Only at the leader. Returns
+    /// quickly when it is so already; after an error it may be asked again.
+    ///
+    /// Removing a server takes up to one lease.
+    ///
+    /// # Errors
+    /// [`ProposeError::NotLeader`], [`ProposeError::ChangeInProgress`],
+    /// [`ProposeError::CatchingUp`], [`ProposeError::BadMembership`], [`ProposeError::NoQuorum`],
+    /// [`ProposeError::Stopped`].
+    pub async fn set_membership(
+        &self,
+        voters: BTreeSet<NodeId>,
+        learners: BTreeSet<NodeId>,
+    ) -> Result<(), ProposeError> {
+        self.core.set_membership(voters, learners).await
+    }
+
+    /// Answers a call of another server.
+    ///
+    /// # Errors
+    /// A text for the log of the caller: the message does not decode, breaks a limit, or speaks
+    /// for another server than the one it came from.
+    pub async fn serve(&self, from: NodeId, service: u16, payload: Vec<u8>) -> Result<Vec<u8>, String> {
+        let core = &self.core;
+        match service {
+            service::APPEND_ENTRIES => {
+                let rpc: AppendEntriesRequest<TypeConfig> = decode(&payload)?;
+                speaks_for_itself(from, &rpc.vote)?;
+                Ok(encode_result(&core.raft.append_entries(rpc).await))
+            }
+            service::VOTE => {
+                let rpc: VoteRequest<u64> = decode(&payload)?;
+                speaks_for_itself(from, &rpc.vote)?;
+                match self.refuse_vote() {
+                    Some(refusal) => Ok(encode_result::<_, openraft::error::Infallible>(&Ok(refusal))),
+                    None => Ok(encode_result(&core.raft.vote(rpc).await)),
+                }
+            }
+            service::INSTALL_SNAPSHOT => {
+                let rpc: InstallSnapshotRequest<TypeConfig> = decode(&payload)?;
+                speaks_for_itself(from, &rpc.vote)?;
+                Ok(encode_result(&core.raft.install_snapshot(rpc).await))
+            }
+            service::FORWARD => {
+                let message: Forward = decode(&payload)?;
+                Ok(messages::encode(&core.forwarded(message).await?))
+            }
+            service::RENEW => Ok(messages::encode(&core.heard(from, &decode::<Renew>(&payload)?))),
+            service::READ_INDEX => {
+                let question: ReadIndex = decode(&payload)?;
+                Ok(messages::encode(&core.read_index(question.applied, question.patience).await))
+            }
+            service::AWAIT_VISIBLE => {
+                let question: AwaitVisible = decode(&payload)?;
+                Ok(messages::encode(&core.visible_at(&question).await))
+            }
+            _ => Err(format!("no consensus service {service:#06x}")),
+        }
+    }
+
+    /// openraft's followers refuse their vote while they hear their leader, but a leader would
+    /// give its own. One that a quorum still hears keeps it: leases rest on the promise that no
+    /// majority votes within `election_max` of the last heartbeat it acknowledged.
+    fn refuse_vote(&self) -> Option<VoteResponse<u64>> {
+        let now = BootTime::now();
+        let acked = self.core.quorum_acked(now)?;
+        if now.since(acked) > self.core.settings.timings.election_max {
+            return None;
+        }
+        let vote = self.core.raft.metrics().borrow().vote;
+        let last_log = self.core.raft.data_metrics().borrow().last_log;
+        Some(VoteResponse::new(vote, last_log, false))
+    }
+
+    /// Ends this server's part. Bounded; what was acknowledged is durable without it.
+    pub async fn shutdown(&self) {
+        let tasks = std::mem::take(&mut *self.tasks.0.lock());
+        if timeout(SHUTDOWN_PATIENCE, self.core.raft.shutdown()).await.is_err() {
+            tracing::warn!(node = %self.core.me, "openraft did not end in time");
+        }
+        for task in tasks {
+            task.abort();
+            // Ends by the abort, if not of itself.
+            let _ = timeout(SHUTDOWN_PATIENCE, task).await;
+        }
+        self.core.places.close();
+    }
+}
+
+fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(task)
+}
+
+fn decode<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, String> {
+    messages::decode(payload).map_err(|error| error.to_string())
+}
+
+/// A member must not lead or stand for election in another's name.
+fn speaks_for_itself(from: NodeId, vote: &Vote<u64>) -> Result<(), String> {
+    if vote.leader_id().voted_for() == Some(raft_node(from)) {
+        return Ok(());
+    }
+    tracing::warn!(peer = %from, %vote, "peer speaks for another server; refused");
+    Err("this message speaks for another server".to_owned())
+}
+
+fn raft_config(timings: &Timings, limits: &Limits) -> Result<Config, StartError> {
+    if limits.queued_commands < limits.entry_commands {
+        return Err(StartError::Settings("fewer places for commands than one entry takes".to_owned()));
+    }
+    if timings.lease_used >= timings.lease || timings.renew >= timings.lease_used {
+        return Err(StartError::Settings("a lease must outlast its use, and its use its renewal".to_owned()));
+    }
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    Config {
+        cluster_name: "ctfs".to_owned(),
+        heartbeat_interval: millis(timings.heartbeat),
+        election_timeout_min: millis(timings.election_min),
+        election_timeout_max: millis(timings.election_max),
+        install_snapshot_timeout: millis(timings.install_snapshot),
+        max_payload_entries: limits.append_entries,
+        replication_lag_threshold: limits.replication_lag,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(limits.snapshot_entries),
+        snapshot_max_chunk_size: limits.snapshot_part_bytes,
+        max_in_snapshot_log_to_keep: limits.log_entries_kept,
+        ..Config::default()
+    }
+    .validate()
+    .map_err(|error| StartError::Settings(error.to_string()))
+}

@@ -1,0 +1,99 @@
+//! What an operator wants to know of one server's consensus.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use ctfs_types::{LogIndex, NodeId};
+use serde::Serialize;
+
+use crate::{
+    boottime::BootTime,
+    core::{Core, Metrics},
+    raft_types::{log_index, node_id, raft_node},
+};
+
+/// The state of one server's consensus at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ConsensusStatus {
+    pub node: NodeId,
+    pub leader: Option<NodeId>,
+    pub is_leader: bool,
+    pub term: u64,
+    /// The local replica holds everything up to here.
+    pub applied: LogIndex,
+    /// Known here to be committed; the truth may be ahead of it.
+    pub committed: LogIndex,
+    /// Last entry of the local log.
+    pub last_log: LogIndex,
+    /// Known here to be applied and invalidated on every leased server.
+    pub visible: LogIndex,
+    /// Whether this server may read its replica without asking anyone.
+    pub leased: bool,
+    pub voters: BTreeSet<NodeId>,
+    pub learners: BTreeSet<NodeId>,
+    /// For every member at the leader; empty elsewhere.
+    pub servers: BTreeMap<NodeId, ServerStatus>,
+    /// Why openraft has ended, if it has.
+    pub stopped: Option<String>,
+}
+
+/// One member as the leader sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ServerStatus {
+    /// Entries up to here are on its disk.
+    pub matched: LogIndex,
+    /// Entries its disk lacks.
+    pub lag: u64,
+    /// It has applied, and told its kernel, up to here.
+    pub acked: LogIndex,
+    /// Changes wait for it.
+    pub leased: bool,
+    /// Since it last answered or asked; `None` if never in this term.
+    pub last_heard: Option<Duration>,
+}
+
+impl Core {
+    pub fn status(&self) -> ConsensusStatus {
+        let metrics = self.raft.metrics().borrow().clone();
+        let membership = metrics.membership_config.membership();
+        let applied = self.relay.applied_index();
+        ConsensusStatus {
+            node: self.me,
+            leader: metrics.current_leader.map(node_id),
+            is_leader: self.leads(),
+            term: metrics.current_term,
+            applied,
+            committed: LogIndex(self.committed.load(Ordering::Relaxed)).max(applied),
+            last_log: metrics.last_log_index.map_or(LogIndex(0), log_index),
+            visible: *self.visible.borrow(),
+            leased: self.leased(),
+            voters: membership.voter_ids().map(node_id).collect(),
+            learners: membership.learner_ids().map(node_id).collect(),
+            servers: if self.leads() { self.servers(&metrics) } else { BTreeMap::new() },
+            stopped: self.view.borrow().stopped.clone(),
+        }
+    }
+
+    fn servers(&self, metrics: &Metrics) -> BTreeMap<NodeId, ServerStatus> {
+        let now = BootTime::now();
+        let lags = Self::lags(metrics);
+        let ledger = self.ledger.lock();
+        let server = |node: NodeId| {
+            let standing = ledger.as_ref().and_then(|ledger| ledger.standing(node));
+            let (matched, lag) =
+                lags.get(&raft_node(node)).copied().unwrap_or_default();
+            let heard = self.clock.last(raft_node(node)).max(standing.and_then(|standing| standing.heard));
+            ServerStatus {
+                matched,
+                lag,
+                acked: standing.map_or(LogIndex(0), |standing| standing.acked),
+                leased: standing.is_some_and(|standing| standing.leased),
+                last_heard: heard.map(|heard| now.since(heard)),
+            }
+        };
+        metrics.membership_config.nodes().map(|(&node, _)| (node_id(node), server(node_id(node)))).collect()
+    }
+}
