@@ -1,0 +1,337 @@
+//! File bytes: which cells hold what, and how often each chunk is named.
+
+use ctfs_types::{
+    CellIndex, ChunkId, Extent, ExtentData, FileKind, Ino,
+    limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX},
+};
+
+use super::{Apply, ChunkRecord, keys, records::Inode, txn::Outcome};
+use crate::{CellWrite, Change, MetaError, Reply};
+
+/// Writers keep content of up to `INLINE_BYTES_MAX` inline; a little more is let through so that
+/// the limit can be raised without a new format.
+const INLINE_ACCEPTED_MAX: usize = 16 * INLINE_BYTES_MAX;
+
+impl Apply<'_, '_> {
+    fn file(&mut self, ino: Ino) -> Outcome<Inode> {
+        let inode = self.inode(ino)?;
+        if inode.kind == FileKind::File { Ok(inode) } else { Err(MetaError::WrongKind(ino).into()) }
+    }
+
+    fn extent(&mut self, ino: Ino, cell: CellIndex) -> Outcome<Option<Extent>> {
+        Ok(self.txn.get(&keys::cell(ino, cell))?)
+    }
+
+    pub(super) fn may_have_size(&mut self, ino: Ino, inode: &Inode, size: u64) -> Outcome<()> {
+        if inode.kind != FileKind::File {
+            return Err(MetaError::WrongKind(ino).into());
+        }
+        if size > FILE_BYTES_MAX {
+            return Err(MetaError::FileTooBig.into());
+        }
+        Ok(())
+    }
+
+    pub(super) fn write(
+        &mut self,
+        ino: Ino,
+        cells: &[CellWrite],
+        size_at_least: u64,
+        mtime: Option<ctfs_types::Timestamp>,
+        drop_privileges: bool,
+    ) -> Outcome<Reply> {
+        // Decide: every cell, before the first is changed.
+        let mut inode = self.file(ino)?;
+        self.may_have_size(ino, &inode, size_at_least)?;
+        for write in cells {
+            let current = self.extent(ino, write.cell)?.map_or(0, |extent| extent.stamp.0);
+            if current != write.expect.0 {
+                return Err(MetaError::CellChanged { ino, cell: write.cell }.into());
+            }
+            self.may_hold(ino, &inode, write)?;
+        }
+
+        // Change.
+        let before = inode.contribution();
+        inode.size = inode.size.max(size_at_least);
+        for write in cells {
+            let extent = write.data.clone().map(|data| Extent { start: write.start, data, stamp: self.index });
+            self.set_cell(ino, &mut inode, write.cell, extent, write.copies)?;
+            let (offset, len) = (inode.cell.start_of(write.cell), inode.cell.bytes());
+            self.changed(Change::Data { ino, offset, len });
+        }
+        inode.data_version = self.index.0;
+        inode.mtime = mtime.unwrap_or(self.at);
+        inode.ctime = self.at;
+        if drop_privileges {
+            self.drop_privileges(ino, &mut inode);
+        }
+        self.put_counted(ino, before, &inode)?;
+        self.changed(Change::Attr { ino });
+        Ok(Reply::Written { attr: inode.attr(ino), stamp: self.index })
+    }
+
+    fn may_hold(&mut self, ino: Ino, inode: &Inode, write: &CellWrite) -> Outcome<()> {
+        let cell_bytes = inode.cell.bytes();
+        if write.cell >= FILE_BYTES_MAX / cell_bytes {
+            return Err(MetaError::FileTooBig.into());
+        }
+        if let Some(data) = &write.data {
+            let fits = u64::from(write.start) + u64::from(data.len()) <= cell_bytes;
+            let inline_fits = !matches!(data, ExtentData::Inline(bytes) if bytes.len() > INLINE_ACCEPTED_MAX);
+            if data.is_empty() || !fits || !inline_fits {
+                return Err(MetaError::WrongKind(ino).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces one cell; counts of chunks and allocated bytes follow. Data past the end of the
+    /// file is cut off, because growing the file later must show zeros there.
+    fn set_cell(&mut self, ino: Ino, inode: &mut Inode, cell: CellIndex, extent: Option<Extent>, copies: u8) -> Outcome<()> {
+        let full = extent.as_ref().map_or(0, |extent| extent.data.len());
+        let room = inode.size.saturating_sub(inode.cell.start_of(cell));
+        let extent = extent.and_then(|extent| cut(extent, room));
+        let old = self.extent(ino, cell)?;
+        // Up before down, so that a chunk named by both is never condemned in between.
+        if let Some(id) = extent.as_ref().and_then(Extent::chunk) {
+            self.name_chunk(id, full, copies)?;
+        }
+        if let Some(id) = old.as_ref().and_then(Extent::chunk) {
+            self.unname_chunk(id)?;
+        }
+        inode.allocated -= old.as_ref().map_or(0, allocated);
+        inode.allocated += extent.as_ref().map_or(0, allocated);
+        match extent {
+            Some(extent) => self.txn.put(keys::cell(ino, cell), &extent),
+            None => self.txn.delete(keys::cell(ino, cell)),
+        }
+        Ok(())
+    }
+
+    /// Sets the size: cells past it go, the one it cuts is shortened, growing makes a hole.
+    pub(super) fn resize(&mut self, ino: Ino, inode: &mut Inode, size: u64) -> Outcome<()> {
+        let old_size = inode.size;
+        inode.size = size;
+        inode.data_version = self.index.0;
+        if size < old_size {
+            let first = inode.cell.cell_of(size);
+            for (cell, extent) in self.cells_from(ino, first, u64::MAX)? {
+                let room = size.saturating_sub(inode.cell.start_of(cell));
+                if u64::from(extent.end()) > room {
+                    self.shorten_cell(ino, inode, cell, extent, room)?;
+                }
+            }
+            self.changed(Change::Data { ino, offset: size, len: u64::MAX });
+        } else if size > old_size {
+            self.changed(Change::Data { ino, offset: old_size, len: size - old_size });
+        }
+        Ok(())
+    }
+
+    fn shorten_cell(&mut self, ino: Ino, inode: &mut Inode, cell: CellIndex, extent: Extent, room: u64) -> Outcome<()> {
+        inode.allocated -= allocated(&extent);
+        let chunk = extent.chunk();
+        match cut(Extent { stamp: self.index, ..extent }, room) {
+            Some(shorter) => {
+                inode.allocated += allocated(&shorter);
+                self.txn.put(keys::cell(ino, cell), &shorter);
+            }
+            None => {
+                self.txn.delete(keys::cell(ino, cell));
+                if let Some(id) = chunk {
+                    self.unname_chunk(id)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn cells_from(&mut self, ino: Ino, first: CellIndex, cells: u64) -> Outcome<Vec<(CellIndex, Extent)>> {
+        let to = match first.checked_add(cells) {
+            Some(end) => keys::cell(ino, end),
+            None => keys::under(keys::CELL, &[ino.0]).1,
+        };
+        let mut found = Vec::new();
+        for (key, value) in self.txn.scan(&keys::cell(ino, first), &to, usize::MAX)? {
+            let cell = keys::number_at(&key, 9).expect("cell keys end in their index");
+            found.push((cell, super::records::decode(&key, &value)?));
+        }
+        Ok(found)
+    }
+
+    pub(super) fn punch(&mut self, ino: Ino, first: CellIndex, cells: u64) -> Outcome<Reply> {
+        let mut inode = self.file(ino)?;
+        let before = inode.contribution();
+        for (cell, _) in self.cells_from(ino, first, cells)? {
+            self.set_cell(ino, &mut inode, cell, None, 0)?;
+        }
+        (inode.mtime, inode.ctime) = (self.at, self.at);
+        inode.data_version = self.index.0;
+        self.put_counted(ino, before, &inode)?;
+        let len = cells.saturating_mul(inode.cell.bytes());
+        self.changed(Change::Data { ino, offset: inode.cell.bytes().saturating_mul(first), len });
+        self.changed(Change::Attr { ino });
+        Ok(Reply::Attr(inode.attr(ino)))
+    }
+
+    pub(super) fn clone_cells(
+        &mut self,
+        source: Ino,
+        first: CellIndex,
+        ino: Ino,
+        to: CellIndex,
+        cells: u64,
+        size_at_least: u64,
+    ) -> Outcome<Reply> {
+        let from = self.file(source)?;
+        let mut inode = self.file(ino)?;
+        self.may_have_size(ino, &inode, size_at_least)?;
+        let most = FILE_BYTES_MAX / inode.cell.bytes();
+        let in_range = |start: u64| start.checked_add(cells).is_some_and(|end| end <= most);
+        if !in_range(first) || !in_range(to) {
+            return Err(MetaError::FileTooBig.into());
+        }
+        if from.cell != inode.cell {
+            return Err(MetaError::WrongKind(ino).into());
+        }
+
+        let before = inode.contribution();
+        inode.size = inode.size.max(size_at_least);
+        // All sources are read before the first target is written: the ranges may overlap.
+        let sources = self.cells_from(source, first, cells)?;
+        let targets = self.cells_from(ino, to, cells)?;
+        // Named once more before anything is unnamed, for the same reason.
+        for id in sources.iter().filter_map(|(_, extent)| extent.chunk()) {
+            self.name_chunk(id, 0, 0)?;
+        }
+        for (cell, _) in targets {
+            self.set_cell(ino, &mut inode, cell, None, 0)?;
+        }
+        for (cell, extent) in sources {
+            let chunk = extent.chunk();
+            let record = match chunk {
+                Some(id) => self.txn.get::<ChunkRecord>(&keys::chunk(&id))?,
+                None => None,
+            };
+            let copies = record.map_or(0, |record| record.copies);
+            let extent = Extent { stamp: self.index, ..extent };
+            self.set_cell(ino, &mut inode, to + (cell - first), Some(extent), copies)?;
+            if let Some(id) = chunk {
+                self.unname_chunk(id)?;
+            }
+        }
+        (inode.mtime, inode.ctime) = (self.at, self.at);
+        inode.data_version = self.index.0;
+        self.put_counted(ino, before, &inode)?;
+        let (offset, len) = (inode.cell.start_of(to), cells.saturating_mul(inode.cell.bytes()));
+        self.changed(Change::Data { ino, offset, len });
+        self.changed(Change::Attr { ino });
+        Ok(Reply::Written { attr: inode.attr(ino), stamp: self.index })
+    }
+
+    pub(super) fn reap(&mut self, inos: &[Ino]) -> Outcome<Reply> {
+        for &ino in inos {
+            if self.txn.get::<()>(&keys::orphan(ino))?.is_none() {
+                continue;
+            }
+            for (cell, extent) in self.cells_from(ino, 0, u64::MAX)? {
+                if let Some(id) = extent.chunk() {
+                    self.unname_chunk(id)?;
+                }
+                self.txn.delete(keys::cell(ino, cell));
+            }
+            let (from, to) = keys::under(keys::XATTR, &[ino.0]);
+            for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
+                self.txn.delete(key);
+            }
+            for key in [keys::locks(ino), keys::policy(ino), keys::orphan(ino), keys::inode(ino)] {
+                if self.txn.get_raw(&key)?.is_some() {
+                    self.txn.delete(key);
+                }
+            }
+            self.changed(Change::Reaped { ino });
+        }
+        Ok(Reply::Done)
+    }
+
+    /// One more cell names the chunk, whose full length is `len` when it is new.
+    fn name_chunk(&mut self, id: ChunkId, len: u32, copies: u8) -> Outcome<()> {
+        let key = keys::chunk(&id);
+        let old: Option<ChunkRecord> = self.txn.get(&key)?;
+        let mut record = old.unwrap_or_else(|| {
+            self.counters.chunks += 1;
+            ChunkRecord { references: 0, copies, len, condemned: None }
+        });
+        if let Some(at) = record.condemned.take() {
+            self.txn.delete(keys::condemned(at, &id));
+            record.copies = copies;
+        }
+        record.references += 1;
+        record.copies = more_copies(record.copies, copies);
+        record.len = record.len.max(len);
+        self.txn.put(key, &record);
+        if old.is_none_or(|old| old.references == 0 || old.copies != record.copies) {
+            self.changed(Change::ChunkWanted { chunk: id });
+        }
+        Ok(())
+    }
+
+    fn unname_chunk(&mut self, id: ChunkId) -> Outcome<()> {
+        let key = keys::chunk(&id);
+        let mut record: ChunkRecord = self.txn.get(&key)?.expect("a chunk named by a cell has a record");
+        record.references -= 1;
+        if record.references == 0 {
+            record.condemned = Some(self.at);
+            self.txn.put(keys::condemned(self.at, &id), &());
+        }
+        self.txn.put(key, &record);
+        Ok(())
+    }
+
+    pub(super) fn forget_chunks(&mut self, chunks: &[ChunkId]) -> Outcome<Reply> {
+        for id in chunks {
+            let record: Option<ChunkRecord> = self.txn.get(&keys::chunk(id))?;
+            if let Some(ChunkRecord { references: 0, condemned, .. }) = record {
+                if let Some(at) = condemned {
+                    self.txn.delete(keys::condemned(at, id));
+                }
+                self.txn.delete(keys::chunk(id));
+                self.counters.chunks -= 1;
+                self.changed(Change::ChunkForgotten { chunk: *id });
+            }
+        }
+        Ok(Reply::Done)
+    }
+}
+
+/// The larger wish; automatic (0) stands for three.
+fn more_copies(a: u8, b: u8) -> u8 {
+    let weight = |copies: u8| if copies == 0 { 3 } else { copies };
+    if weight(b) > weight(a) { b } else { a }
+}
+
+/// The extent without what lies past `room` bytes of its cell.
+fn cut(extent: Extent, room: u64) -> Option<Extent> {
+    let left = room.saturating_sub(u64::from(extent.start)).min(u64::from(extent.data.len())) as u32;
+    if left == 0 {
+        return None;
+    }
+    let data = match extent.data {
+        ExtentData::Inline(mut bytes) => {
+            bytes.truncate(left as usize);
+            ExtentData::Inline(bytes)
+        }
+        ExtentData::Chunk { id, .. } => ExtentData::Chunk { id, len: left },
+    };
+    Some(Extent { data, ..extent })
+}
+
+/// What the extent adds to `st_blocks`: whole 4 KiB blocks, or 512-byte sectors when inline.
+fn allocated(extent: &Extent) -> u64 {
+    let unit = match extent.data {
+        ExtentData::Inline(_) => 512,
+        ExtentData::Chunk { .. } => 4096,
+    };
+    u64::from(extent.data.len()).next_multiple_of(unit)
+}

@@ -1,0 +1,114 @@
+//! The cluster's own state: identity, members, tokens.
+
+use ctfs_types::{Incarnation, NodeId};
+
+use super::{Apply, keys, records, txn::Outcome};
+use crate::{Change, ClusterIdentity, Member, MemberState, MetaError, Reply, TokenRecord};
+
+impl Apply<'_, '_> {
+    fn member(&mut self, node: NodeId) -> Outcome<Member> {
+        Ok(self.txn.get(&keys::member(node))?.ok_or(MetaError::NoSuchMember)?)
+    }
+
+    fn put_member(&mut self, member: &Member) {
+        self.txn.put(keys::member(member.node), member);
+        self.changed(Change::Members);
+    }
+
+    pub(super) fn found(&mut self, cluster: &ClusterIdentity, member: &Member) -> Outcome<Reply> {
+        if self.txn.get_raw(&keys::cluster())?.is_some() {
+            return Err(MetaError::AlreadyFounded.into());
+        }
+        self.txn.put(keys::cluster(), cluster);
+        self.put_member(member);
+        Ok(Reply::Joined { member: member.clone() })
+    }
+
+    pub(super) fn create_token(&mut self, token: &TokenRecord) -> Outcome<Reply> {
+        // Tokens that ran out are of no more use to anybody.
+        let (from, to) = keys::under(keys::TOKEN, &[]);
+        for (key, value) in self.txn.scan(&from, &to, usize::MAX)? {
+            let old: TokenRecord = records::decode(&key, &value)?;
+            if old.expires < self.at {
+                self.txn.delete(key);
+            }
+        }
+        self.txn.put(keys::token(&token.hash), token);
+        self.changed(Change::Members);
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn revoke_token(&mut self, hash: &[u8; 32]) -> Outcome<Reply> {
+        if self.txn.get_raw(&keys::token(hash))?.is_none() {
+            return Err(MetaError::NoSuchToken.into());
+        }
+        self.txn.delete(keys::token(hash));
+        self.changed(Change::Members);
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn join(&mut self, token: &[u8; 32], member: &Member) -> Outcome<Reply> {
+        if self.txn.get_raw(&keys::removed_key(&member.key))?.is_some() {
+            return Err(MetaError::KeyRemoved.into());
+        }
+        let mut record: TokenRecord = self.txn.get(&keys::token(token))?.ok_or(MetaError::NoSuchToken)?;
+        if record.expires < self.at {
+            return Err(MetaError::TokenExpired.into());
+        }
+        let (from, to) = keys::under(keys::MEMBER, &[]);
+        for (key, value) in self.txn.scan(&from, &to, usize::MAX)? {
+            let other: Member = records::decode(&key, &value)?;
+            if other.key != member.key && (other.name == member.name || other.node == member.node) {
+                return Err(MetaError::MemberNameTaken(other.name).into());
+            }
+        }
+        record.uses_left = record.uses_left.saturating_sub(1);
+        if record.uses_left == 0 { self.txn.delete(keys::token(token)) } else { self.txn.put(keys::token(token), &record) }
+        self.put_member(member);
+        Ok(Reply::Joined { member: member.clone() })
+    }
+
+    pub(super) fn incarnate(
+        &mut self,
+        node: NodeId,
+        incarnation: Incarnation,
+        addresses: &[String],
+        capacity: u64,
+        version: &str,
+    ) -> Outcome<Reply> {
+        let mut member = self.member(node)?;
+        if incarnation < member.incarnation {
+            return Err(MetaError::StaleIncarnation.into());
+        }
+        if incarnation > member.incarnation {
+            self.release_everywhere(|owner| owner.node == node && owner.incarnation < incarnation)?;
+            // A client is one incarnation of a server: nobody asks for these verdicts any more.
+            let (from, to) = keys::under(keys::VERDICT, &[member.incarnation.0]);
+            for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
+                self.txn.delete(key);
+            }
+        }
+        member.incarnation = incarnation;
+        member.addresses = addresses.to_vec();
+        member.capacity = capacity;
+        member.version = version.to_owned();
+        self.put_member(&member);
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn set_member_state(&mut self, node: NodeId, state: MemberState) -> Outcome<Reply> {
+        let mut member = self.member(node)?;
+        member.state = state;
+        self.put_member(&member);
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn remove_member(&mut self, node: NodeId) -> Outcome<Reply> {
+        let member = self.member(node)?;
+        self.txn.delete(keys::member(node));
+        self.txn.put(keys::removed_key(&member.key), &self.at);
+        self.release_everywhere(|owner| owner.node == node)?;
+        self.changed(Change::Members);
+        Ok(Reply::Done)
+    }
+}

@@ -1,0 +1,130 @@
+//! Where each record lives: one byte of kind, then numbers in big endian so that they sort.
+
+use ctfs_types::{CellIndex, ChunkId, FileName, Ino, NodeId, Timestamp};
+
+pub const INODE: u8 = 1;
+pub const NAME: u8 = 2;
+pub const COOKIE: u8 = 3;
+pub const LINK: u8 = 4;
+pub const XATTR: u8 = 5;
+pub const CELL: u8 = 6;
+pub const CHUNK: u8 = 7;
+pub const CONDEMNED: u8 = 8;
+pub const LOCKS: u8 = 9;
+pub const ORPHAN: u8 = 10;
+pub const POLICY: u8 = 11;
+pub const MEMBER: u8 = 12;
+pub const REMOVED_KEY: u8 = 13;
+pub const TOKEN: u8 = 14;
+pub const CLUSTER: u8 = 15;
+pub const VERDICT: u8 = 16;
+pub const COUNTERS: u8 = 17;
+pub const STATE_HASH: u8 = 18;
+/// Keys from here on belong to whoever owns the store.
+pub const CALLER: u8 = 0xff;
+
+type Key = Vec<u8>;
+
+fn key(kind: u8, numbers: &[u64], tail: &[u8]) -> Key {
+    let mut key = Vec::with_capacity(1 + numbers.len() * 8 + tail.len());
+    key.push(kind);
+    for number in numbers {
+        key.extend_from_slice(&number.to_be_bytes());
+    }
+    key.extend_from_slice(tail);
+    key
+}
+
+pub fn inode(ino: Ino) -> Key {
+    key(INODE, &[ino.0], &[])
+}
+
+pub fn name(parent: Ino, name: &FileName) -> Key {
+    key(NAME, &[parent.0], name.as_bytes())
+}
+
+pub fn cookie(parent: Ino, cookie: u64) -> Key {
+    key(COOKIE, &[parent.0, cookie], &[])
+}
+
+/// One name of an inode, so that paths and the home of a hard-linked file are found.
+pub fn link(ino: Ino, parent: Ino, name: &FileName) -> Key {
+    key(LINK, &[ino.0, parent.0], name.as_bytes())
+}
+
+pub fn xattr(ino: Ino, name: &[u8]) -> Key {
+    key(XATTR, &[ino.0], name)
+}
+
+pub fn cell(ino: Ino, cell: CellIndex) -> Key {
+    key(CELL, &[ino.0, cell], &[])
+}
+
+pub fn chunk(id: &ChunkId) -> Key {
+    key(CHUNK, &[], &id.0)
+}
+
+pub fn condemned(at: Timestamp, id: &ChunkId) -> Key {
+    // Flipping the sign bit makes negative seconds sort before positive ones.
+    let seconds = (at.secs as u64) ^ (1 << 63);
+    key(CONDEMNED, &[seconds, u64::from(at.nanos)], &id.0)
+}
+
+pub fn locks(ino: Ino) -> Key {
+    key(LOCKS, &[ino.0], &[])
+}
+
+pub fn orphan(ino: Ino) -> Key {
+    key(ORPHAN, &[ino.0], &[])
+}
+
+pub fn policy(ino: Ino) -> Key {
+    key(POLICY, &[ino.0], &[])
+}
+
+pub fn member(node: NodeId) -> Key {
+    key(MEMBER, &[node.0], &[])
+}
+
+pub fn removed_key(hash: &[u8; 32]) -> Key {
+    key(REMOVED_KEY, &[], hash)
+}
+
+pub fn token(hash: &[u8; 32]) -> Key {
+    key(TOKEN, &[], hash)
+}
+
+pub fn cluster() -> Key {
+    vec![CLUSTER]
+}
+
+pub fn verdict(client: u64, seq: u64) -> Key {
+    key(VERDICT, &[client, seq], &[])
+}
+
+pub fn counters() -> Key {
+    vec![COUNTERS]
+}
+
+pub fn state_hash() -> Key {
+    vec![STATE_HASH]
+}
+
+/// All keys of one kind below these numbers.
+pub fn under(kind: u8, numbers: &[u64]) -> (Key, Key) {
+    let from = key(kind, numbers, &[]);
+    let mut to = from.clone();
+    // The kind byte is below 0xff, so there is always a byte to count up.
+    while let Some(last) = to.pop() {
+        if last < 0xff {
+            to.push(last + 1);
+            break;
+        }
+    }
+    (from, to)
+}
+
+/// A big-endian number inside a key.
+pub fn number_at(key: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_be_bytes(key.get(at..at + 8)?.try_into().ok()?))
+}

@@ -1,0 +1,344 @@
+//! What the namespace does with a command.
+//!
+//! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
+//! whole), then by subject: [`names`], [`attrs`], [`bytes`], [`locks`], [`cluster`]; [`reads`] is
+//! what everybody else asks.
+
+mod acl;
+mod attrs;
+mod bytes;
+mod cluster;
+mod keys;
+mod locks;
+mod names;
+mod reads;
+mod records;
+mod txn;
+
+use ctfs_types::{FileKind, FileName, Ino, LogIndex, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use self::{
+    records::{Counters, Dir, Inode},
+    txn::{Fail, Outcome, Txn},
+};
+use crate::{Batch, Change, Command, MetaError, Op, Reply, Store, StoreError};
+
+/// Verdicts remembered for one client that never says it has its answers.
+const VERDICTS_MAX: u64 = 4096;
+
+/// The replicated state of one volume.
+pub struct Namespace {
+    store: Box<dyn Store>,
+    counters: Counters,
+    hash: u128,
+}
+
+/// What applying one log entry gave.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// One verdict per command, in order.
+    pub verdicts: Vec<Result<Reply, MetaError>>,
+    /// What changed, each with the client ([`ctfs_types::RequestId`]) whose command did it.
+    pub changes: Vec<(u64, Change)>,
+}
+
+/// One entry of a directory listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    pub name: FileName,
+    pub ino: Ino,
+    pub kind: FileKind,
+    /// Where the next listing goes on: pass it as `after`. Stable while the entry lives.
+    pub cookie: u64,
+}
+
+/// What the metadata knows of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkRecord {
+    /// Cells that name the chunk.
+    pub references: u64,
+    /// Most copies any of them asked for; 0 means automatic.
+    pub copies: u8,
+    /// Bytes in the chunk.
+    pub len: u32,
+    /// When the count fell to zero; `None` while it is referenced.
+    pub condemned: Option<Timestamp>,
+}
+
+/// Recursive counts of a directory, itself not included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    pub files: u64,
+    pub directories: u64,
+    /// Sum of file sizes.
+    pub bytes: u64,
+    /// Sum of bytes that are not holes.
+    pub allocated: u64,
+}
+
+impl Totals {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            files: self.files.wrapping_add(other.files),
+            directories: self.directories.wrapping_add(other.directories),
+            bytes: self.bytes.wrapping_add(other.bytes),
+            allocated: self.allocated.wrapping_add(other.allocated),
+        }
+    }
+
+    /// Differences travel as wrapped numbers: adding one back gives the true count again.
+    fn minus(self, other: Self) -> Self {
+        Self {
+            files: self.files.wrapping_sub(other.files),
+            directories: self.directories.wrapping_sub(other.directories),
+            bytes: self.bytes.wrapping_sub(other.bytes),
+            allocated: self.allocated.wrapping_sub(other.allocated),
+        }
+    }
+}
+
+/// What a command knows while it is applied.
+struct Apply<'a, 'b> {
+    txn: &'a mut Txn<'b>,
+    counters: &'a mut Counters,
+    index: LogIndex,
+    at: Timestamp,
+}
+
+impl Namespace {
+    /// Opens the state kept in `store`; an empty store is a volume before its first command, with
+    /// an empty root directory (mode 0755, root:root).
+    pub fn open(store: Box<dyn Store>) -> Result<Self, StoreError> {
+        let counters = store.get(&keys::counters())?;
+        let hash = store.get(&keys::state_hash())?;
+        let mut namespace = Self { store, counters: Counters::default(), hash: 0 };
+        match (counters, hash) {
+            (Some(counters), Some(hash)) => {
+                namespace.counters = records::decode(&keys::counters(), &counters)?;
+                namespace.hash = records::decode(&keys::state_hash(), &hash)?;
+            }
+            (None, None) => namespace.make_root()?,
+            _ => {
+                let why = "one of the counters and the state hash is missing".to_owned();
+                return Err(StoreError::Corrupt { key: keys::counters(), why });
+            }
+        }
+        Ok(namespace)
+    }
+
+    fn make_root(&mut self) -> Result<(), StoreError> {
+        let mut txn = Txn::new(&*self.store);
+        let root = Inode {
+            kind: FileKind::Directory,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            nlink: 2,
+            size: 0,
+            allocated: 0,
+            atime: Timestamp::EPOCH,
+            mtime: Timestamp::EPOCH,
+            ctime: Timestamp::EPOCH,
+            btime: Timestamp::EPOCH,
+            rdev: 0,
+            data_version: 0,
+            cell: Default::default(),
+            target: Vec::new(),
+            dir: Some(Dir::new(Ino::ROOT)),
+        };
+        txn.put(keys::inode(Ino::ROOT), &root);
+        txn.put(keys::counters(), &self.counters);
+        txn.keep();
+        let (mut batch, difference) = txn.finish()?;
+        self.hash = difference;
+        batch.insert(keys::state_hash(), Some(records::encode(&self.hash)));
+        self.store.write(batch)
+    }
+
+    /// The index of the last applied entry.
+    pub fn applied(&self) -> LogIndex {
+        LogIndex(self.counters.applied)
+    }
+
+    /// A 128-bit sum over all records, equal on replicas that applied the same prefix.
+    pub fn state_hash(&self) -> [u8; 16] {
+        self.hash.to_le_bytes()
+    }
+
+    /// Sums all records again, to compare with [`Self::state_hash`].
+    pub fn count_state_hash(&self) -> Result<[u8; 16], StoreError> {
+        let mut sum = 0u128;
+        self.store.range(&[0], &[keys::CALLER], &mut |key, value| {
+            sum = sum.wrapping_add(txn::record_hash(key, value));
+            std::ops::ControlFlow::Continue(())
+        })?;
+        Ok(sum.to_le_bytes())
+    }
+
+    /// The raw store, for snapshots.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    /// Applies the committed entry at `index`, which must be past [`Self::applied`] (entries of
+    /// the consensus layer itself use up indexes without coming here). All of its commands, the
+    /// index, and `extra` (records under keys starting with 0xff, kept for the caller and no part
+    /// of the state hash) reach the store in one batch.
+    ///
+    /// # Errors
+    /// The store failed: nothing of the entry is applied, and the store must not be used further.
+    pub fn apply(&mut self, index: LogIndex, commands: &[Command], extra: Batch) -> Result<Applied, StoreError> {
+        assert!(index > self.applied(), "log entries apply in order, each exactly once");
+        let mut txn = Txn::new(&*self.store);
+        let mut counters = self.counters.clone();
+        let mut applied = Applied::default();
+        for command in commands {
+            let verdict = run(&mut txn, &mut counters, index, command)?;
+            let changes = txn.keep();
+            applied.changes.extend(changes.into_iter().map(|change| (command.request.client, change)));
+            applied.verdicts.push(verdict);
+        }
+        counters.applied = index.0;
+        txn.put(keys::counters(), &counters);
+        txn.keep();
+        let (mut batch, difference) = txn.finish()?;
+        let hash = self.hash.wrapping_add(difference);
+        batch.insert(keys::state_hash(), Some(records::encode(&hash)));
+        for (key, value) in extra {
+            assert_eq!(key.first(), Some(&keys::CALLER), "the caller's records stand apart from the state");
+            batch.insert(key, value);
+        }
+        self.store.write(batch)?;
+        self.counters = counters;
+        self.hash = hash;
+        Ok(applied)
+    }
+}
+
+/// Applies one command unless its request was applied before, and remembers the verdict.
+fn run(txn: &mut Txn<'_>, counters: &mut Counters, index: LogIndex, command: &Command) -> Result<Result<Reply, MetaError>, StoreError> {
+    let request = command.request;
+    let key = keys::verdict(request.client, request.seq);
+    if let Some(verdict) = txn.get(&key)? {
+        return Ok(verdict);
+    }
+    let before = counters.clone();
+    let outcome = Apply { txn, counters, index, at: command.at }.dispatch(&command.op);
+    let verdict = match outcome {
+        Ok(reply) => Ok(reply),
+        Err(Fail::Verdict(verdict)) => {
+            txn.discard();
+            *counters = before;
+            Err(verdict)
+        }
+        Err(Fail::Store(error)) => return Err(error),
+    };
+    let forget = command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1));
+    let (from, _) = keys::under(keys::VERDICT, &[request.client]);
+    let to = keys::verdict(request.client, forget + 1);
+    for (old, _) in txn.scan(&from, &to, usize::MAX)? {
+        txn.delete(old);
+    }
+    txn.put(key, &verdict);
+    Ok(verdict)
+}
+
+impl Apply<'_, '_> {
+    fn dispatch(&mut self, op: &Op) -> Outcome<Reply> {
+        match op {
+            Op::Noop => Ok(Reply::Done),
+            Op::Make { parent, name, node } => self.make(*parent, name, node),
+            Op::Link { ino, parent, name } => self.link(*ino, *parent, name),
+            Op::Unlink { parent, name } => self.unlink(*parent, name),
+            Op::Rmdir { parent, name } => self.rmdir(*parent, name),
+            Op::Rename { from, name, to, new_name, mode } => self.rename(*from, name, *to, new_name, *mode),
+            Op::SetAttr { ino, set } => self.set_attr(*ino, set),
+            Op::SetXattr { ino, name, value, mode } => self.set_xattr(*ino, name, value, *mode),
+            Op::RemoveXattr { ino, name } => self.remove_xattr(*ino, name),
+            Op::Write { ino, cells, size_at_least, mtime, drop_privileges } => {
+                self.write(*ino, cells, *size_at_least, *mtime, *drop_privileges)
+            }
+            Op::Punch { ino, first, cells } => self.punch(*ino, *first, *cells),
+            Op::CloneCells { source, first, ino, to, cells, size_at_least } => {
+                self.clone_cells(*source, *first, *ino, *to, *cells, *size_at_least)
+            }
+            Op::Reap { inos } => self.reap(inos),
+            Op::ForgetChunks { chunks } => self.forget_chunks(chunks),
+            Op::Lock { ino, lock } => self.lock(*ino, lock),
+            Op::Unlock { ino, owner, kind, start, end } => self.unlock(*ino, *owner, *kind, *start, *end),
+            Op::UnlockAll { ino, owner } => self.unlock_all(*ino, *owner),
+            Op::Found { cluster, member } => self.found(cluster, member),
+            Op::CreateToken { token } => self.create_token(token),
+            Op::RevokeToken { hash } => self.revoke_token(hash),
+            Op::Join { token, member } => self.join(token, member),
+            Op::Incarnate { node, incarnation, addresses, capacity, version } => {
+                self.incarnate(*node, *incarnation, addresses, *capacity, version)
+            }
+            Op::SetMemberState { node, state } => self.set_member_state(*node, *state),
+            Op::RemoveMember { node } => self.remove_member(*node),
+            Op::SetPolicy { ino, policy } => self.set_policy(*ino, *policy),
+        }
+    }
+
+    /// The inode, if it is there, named or not.
+    fn inode(&mut self, ino: Ino) -> Outcome<Inode> {
+        Ok(self.txn.get(&keys::inode(ino))?.ok_or(MetaError::NoSuchInode(ino))?)
+    }
+
+    fn put_inode(&mut self, ino: Ino, inode: &Inode) {
+        self.txn.put(keys::inode(ino), inode);
+    }
+
+    /// The inode of a directory that has a name (or is the root).
+    fn directory(&mut self, ino: Ino) -> Outcome<Inode> {
+        let inode = self.inode(ino)?;
+        match (&inode.dir, inode.nlink) {
+            (None, _) => Err(MetaError::NotDirectory(ino).into()),
+            (Some(_), 0) => Err(MetaError::NoSuchInode(ino).into()),
+            (Some(_), _) => Ok(inode),
+        }
+    }
+
+    fn changed(&mut self, change: Change) {
+        self.txn.changes.push(change);
+    }
+
+    /// Adds a (wrapped) difference to the counts of `dir` and every directory above it.
+    fn add_totals(&mut self, dir: Ino, difference: Totals) -> Outcome<()> {
+        if difference == Totals::default() {
+            return Ok(());
+        }
+        let mut ino = dir;
+        loop {
+            let mut inode = self.inode(ino)?;
+            let dir = inode.dir.as_mut().ok_or(MetaError::NotDirectory(ino))?;
+            dir.totals = dir.totals.plus(difference);
+            let (parent, named) = (dir.parent, inode.nlink > 0);
+            self.put_inode(ino, &inode);
+            if ino == Ino::ROOT || !named {
+                return Ok(());
+            }
+            ino = parent;
+        }
+    }
+
+    /// The directory whose counts include a file: that of its first name in key order.
+    fn home(&mut self, ino: Ino) -> Outcome<Option<Ino>> {
+        let (from, to) = keys::under(keys::LINK, &[ino.0]);
+        let first = self.txn.scan(&from, &to, 1)?;
+        Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
+    }
+
+    /// Stores a file's inode and carries what changed of its size into the counts above it.
+    fn put_counted(&mut self, ino: Ino, before: Totals, inode: &Inode) -> Outcome<()> {
+        self.put_inode(ino, inode);
+        let difference = inode.contribution().minus(before);
+        if difference != Totals::default()
+            && let Some(home) = self.home(ino)?
+        {
+            self.add_totals(home, difference)?;
+        }
+        Ok(())
+    }
+}

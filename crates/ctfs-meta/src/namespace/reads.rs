@@ -1,0 +1,286 @@
+//! What everybody else asks of the namespace. Each answer sees one applied index, because the
+//! caller holds the lock.
+
+use std::ops::ControlFlow;
+
+use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, Ino, NodeId, Timestamp};
+use serde::de::DeserializeOwned;
+
+use super::{
+    ChunkRecord, DirEntry, Namespace, Totals, keys, locks,
+    records::{self, CookieEntry, Dentry, Inode},
+};
+use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, Member, Policy, StoreError, TokenRecord};
+
+type Read<T> = Result<T, StoreError>;
+
+impl Namespace {
+    fn record<T: DeserializeOwned>(&self, key: &[u8]) -> Read<Option<T>> {
+        self.store.get(key)?.map(|bytes| records::decode(key, &bytes)).transpose()
+    }
+
+    /// Visits records until `visit` breaks or fails.
+    fn each(&self, from: &[u8], to: &[u8], mut visit: impl FnMut(&[u8], &[u8]) -> Read<ControlFlow<()>>) -> Read<()> {
+        let mut failed = None;
+        self.store.range(from, to, &mut |key, value| match visit(key, value) {
+            Ok(flow) => flow,
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        })?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn all<T: DeserializeOwned>(&self, kind: u8) -> Read<Vec<T>> {
+        let (from, to) = keys::under(kind, &[]);
+        let mut found = Vec::new();
+        self.each(&from, &to, |key, value| {
+            found.push(records::decode(key, value)?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    fn inode(&self, ino: Ino) -> Read<Option<Inode>> {
+        self.record(&keys::inode(ino))
+    }
+
+    pub fn lookup(&self, parent: Ino, name: &FileName) -> Read<Option<Ino>> {
+        Ok(self.record::<Dentry>(&keys::name(parent, name))?.map(|entry| entry.ino))
+    }
+
+    pub fn attr(&self, ino: Ino) -> Read<Option<Attr>> {
+        Ok(self.inode(ino)?.map(|inode| inode.attr(ino)))
+    }
+
+    /// Parent of a directory; of the root: the root.
+    pub fn parent(&self, dir: Ino) -> Read<Option<Ino>> {
+        Ok(self.inode(dir)?.and_then(|inode| inode.dir).map(|dir| dir.parent))
+    }
+
+    /// Up to `limit` entries after cookie `after` (0 starts); without `.` and `..`.
+    pub fn list(&self, dir: Ino, after: u64, limit: usize) -> Read<Vec<DirEntry>> {
+        let (_, to) = keys::under(keys::COOKIE, &[dir.0]);
+        let Some(first) = after.checked_add(1) else { return Ok(Vec::new()) };
+        let mut entries = Vec::new();
+        self.each(&keys::cookie(dir, first), &to, |key, value| {
+            if entries.len() >= limit {
+                return Ok(ControlFlow::Break(()));
+            }
+            let CookieEntry { name, ino, kind } = records::decode(key, value)?;
+            let cookie = keys::number_at(key, 9).expect("cookie keys end in the cookie");
+            entries.push(DirEntry { name, ino, kind, cookie });
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(entries)
+    }
+
+    /// Target of a symlink; `None` for anything else.
+    pub fn readlink(&self, ino: Ino) -> Read<Option<Vec<u8>>> {
+        Ok(self.inode(ino)?.filter(|inode| !inode.target.is_empty()).map(|inode| inode.target))
+    }
+
+    pub fn xattr(&self, ino: Ino, name: &[u8]) -> Read<Option<Vec<u8>>> {
+        self.store.get(&keys::xattr(ino, name))
+    }
+
+    pub fn xattr_names(&self, ino: Ino) -> Read<Vec<Vec<u8>>> {
+        let (from, to) = keys::under(keys::XATTR, &[ino.0]);
+        let mut names = Vec::new();
+        self.each(&from, &to, |key, _| {
+            names.push(key[9..].to_vec());
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(names)
+    }
+
+    /// Extents of the cells in `[first, first + cells)`, in order, holes left out.
+    pub fn cells(&self, ino: Ino, first: CellIndex, cells: u64) -> Read<Vec<Cell>> {
+        if cells == 1 {
+            let extent: Option<Extent> = self.record(&keys::cell(ino, first))?;
+            return Ok(extent.map(|extent| Cell { index: first, extent }).into_iter().collect());
+        }
+        let to = match first.checked_add(cells) {
+            Some(end) => keys::cell(ino, end),
+            None => keys::under(keys::CELL, &[ino.0]).1,
+        };
+        let mut found = Vec::new();
+        self.each(&keys::cell(ino, first), &to, |key, value| {
+            let index = keys::number_at(key, 9).expect("cell keys end in their index");
+            found.push(Cell { index, extent: records::decode(key, value)? });
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    /// First lock that `lock` would have to wait for.
+    pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
+        let table: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
+        Ok(table.into_iter().find(|held| locks::conflict(held, lock)))
+    }
+
+    pub fn locks(&self, ino: Ino, kind: LockKind) -> Read<Vec<Lock>> {
+        let table: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
+        Ok(table.into_iter().filter(|lock| lock.kind == kind).collect())
+    }
+
+    /// Recursive counts below a directory.
+    pub fn totals(&self, dir: Ino) -> Read<Option<Totals>> {
+        Ok(self.inode(dir)?.and_then(|inode| inode.dir).map(|dir| dir.totals))
+    }
+
+    pub fn orphans(&self, limit: usize) -> Read<Vec<Ino>> {
+        let (from, to) = keys::under(keys::ORPHAN, &[]);
+        let mut found = Vec::new();
+        self.each(&from, &to, |key, _| {
+            if found.len() >= limit {
+                return Ok(ControlFlow::Break(()));
+            }
+            found.push(Ino(keys::number_at(key, 1).expect("orphan keys end in the inode")));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    pub fn chunk(&self, id: &ChunkId) -> Read<Option<ChunkRecord>> {
+        self.record(&keys::chunk(id))
+    }
+
+    /// Chunks the metadata knows, condemned ones included.
+    pub fn chunk_count(&self) -> u64 {
+        self.counters.chunks
+    }
+
+    /// Up to `limit` chunk records with ids after `after`, in order of id.
+    pub fn chunks(&self, after: Option<ChunkId>, limit: usize) -> Read<Vec<(ChunkId, ChunkRecord)>> {
+        let (mut from, to) = keys::under(keys::CHUNK, &[]);
+        if let Some(after) = after {
+            from = keys::chunk(&after);
+            from.push(0);
+        }
+        let mut found = Vec::new();
+        self.each(&from, &to, |key, value| {
+            if found.len() >= limit {
+                return Ok(ControlFlow::Break(()));
+            }
+            found.push((chunk_id(key, 1)?, records::decode(key, value)?));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    /// Up to `limit` chunks condemned before `before`.
+    pub fn condemned(&self, before: Timestamp, limit: usize) -> Read<Vec<ChunkId>> {
+        let (from, _) = keys::under(keys::CONDEMNED, &[]);
+        let to = keys::condemned(before, &ChunkId([0; 32]));
+        let mut found = Vec::new();
+        self.each(&from, &to, |key, _| {
+            if found.len() >= limit {
+                return Ok(ControlFlow::Break(()));
+            }
+            found.push(chunk_id(key, 17)?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    pub fn cluster(&self) -> Read<Option<ClusterIdentity>> {
+        self.record(&keys::cluster())
+    }
+
+    pub fn member(&self, node: NodeId) -> Read<Option<Member>> {
+        self.record(&keys::member(node))
+    }
+
+    pub fn members(&self) -> Read<Vec<Member>> {
+        self.all(keys::MEMBER)
+    }
+
+    /// Keys of removed members.
+    pub fn removed_keys(&self) -> Read<Vec<[u8; 32]>> {
+        let (from, to) = keys::under(keys::REMOVED_KEY, &[]);
+        let mut found = Vec::new();
+        self.each(&from, &to, |key, _| {
+            found.push(chunk_id(key, 1)?.0);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    pub fn token(&self, hash: &[u8; 32]) -> Read<Option<TokenRecord>> {
+        self.record(&keys::token(hash))
+    }
+
+    pub fn tokens(&self) -> Read<Vec<TokenRecord>> {
+        self.all(keys::TOKEN)
+    }
+
+    /// The policy set on `ino` itself.
+    pub fn policy(&self, ino: Ino) -> Read<Policy> {
+        Ok(self.record(&keys::policy(ino))?.unwrap_or_default())
+    }
+
+    /// What holds for `ino`: its own policy, then that of the directories above it.
+    pub fn effective_policy(&self, ino: Ino) -> Read<EffectivePolicy> {
+        let (mut copies, mut cell) = (None, None);
+        let mut next = Some(ino);
+        while let Some(ino) = next {
+            let policy = self.policy(ino)?;
+            copies = copies.or(policy.copies);
+            cell = cell.or(policy.cell);
+            next = match self.inode(ino)?.and_then(|inode| inode.dir) {
+                _ if ino == Ino::ROOT => None,
+                Some(dir) => Some(dir.parent),
+                None => self.first_link(ino)?.map(|(parent, _)| parent),
+            };
+        }
+        Ok(EffectivePolicy { copies: copies.unwrap_or(0), cell: cell.unwrap_or_default() })
+    }
+
+    fn first_link(&self, ino: Ino) -> Read<Option<(Ino, FileName)>> {
+        let (from, to) = keys::under(keys::LINK, &[ino.0]);
+        let mut found = None;
+        self.each(&from, &to, |key, _| {
+            let parent = keys::number_at(key, 9).map(Ino);
+            let name = FileName::new(key.get(17..).unwrap_or_default());
+            let damaged = || StoreError::Corrupt { key: key.to_vec(), why: "not a link".into() };
+            found = Some((parent.ok_or_else(damaged)?, name.map_err(|_| damaged())?));
+            Ok(ControlFlow::Break(()))
+        })?;
+        Ok(found)
+    }
+
+    /// One path of the inode from the root, for people; `None` for orphans.
+    pub fn path(&self, ino: Ino) -> Read<Option<Vec<FileName>>> {
+        let mut names = Vec::new();
+        let mut next = ino;
+        while next != Ino::ROOT {
+            let Some((parent, name)) = self.first_link(next)? else { return Ok(None) };
+            names.push(name);
+            next = parent;
+        }
+        names.reverse();
+        Ok(Some(names))
+    }
+
+    /// An inode that names the chunk, found by search; slow, for status and repair reports.
+    pub fn file_of_chunk(&self, id: &ChunkId) -> Read<Option<Ino>> {
+        let (from, to) = keys::under(keys::CELL, &[]);
+        let mut found = None;
+        self.each(&from, &to, |key, value| {
+            let extent: Extent = records::decode(key, value)?;
+            if extent.chunk() == Some(*id) {
+                found = keys::number_at(key, 1).map(Ino);
+                return Ok(ControlFlow::Break(()));
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+}
+
+fn chunk_id(key: &[u8], at: usize) -> Read<ChunkId> {
+    let bytes = key.get(at..).and_then(|tail| tail.try_into().ok());
+    bytes.map(ChunkId).ok_or_else(|| StoreError::Corrupt { key: key.to_vec(), why: "not 32 bytes of hash".into() })
+}

@@ -1,0 +1,121 @@
+//! The records as they are stored, each behind a version byte.
+
+use ctfs_types::{Attr, CellSize, FileKind, FileName, Ino, Timestamp, codec};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::Totals;
+use crate::StoreError;
+
+const VERSION: u8 = 1;
+/// No record comes near: the largest holds one extended attribute or one inline cell.
+const RECORD_BYTES_MAX: usize = 16 << 20;
+
+pub fn encode<T: Serialize>(record: &T) -> Vec<u8> {
+    codec::encode(VERSION, record)
+}
+
+pub fn decode<T: DeserializeOwned>(key: &[u8], bytes: &[u8]) -> Result<T, StoreError> {
+    codec::decode(VERSION, bytes, RECORD_BYTES_MAX)
+        .map_err(|error| StoreError::Corrupt { key: key.to_vec(), why: error.to_string() })
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inode {
+    pub kind: FileKind,
+    pub mode: u16,
+    pub uid: u32,
+    pub gid: u32,
+    pub nlink: u32,
+    pub size: u64,
+    pub allocated: u64,
+    pub atime: Timestamp,
+    pub mtime: Timestamp,
+    pub ctime: Timestamp,
+    pub btime: Timestamp,
+    pub rdev: u64,
+    pub data_version: u64,
+    pub cell: CellSize,
+    /// Of a symlink.
+    pub target: Vec<u8>,
+    pub dir: Option<Dir>,
+}
+
+/// What only a directory has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dir {
+    pub parent: Ino,
+    pub entries: u64,
+    pub subdirs: u32,
+    pub next_cookie: u64,
+    /// Everything below.
+    pub totals: Totals,
+}
+
+impl Dir {
+    pub fn new(parent: Ino) -> Self {
+        Self { parent, entries: 0, subdirs: 0, next_cookie: 1, totals: Totals::default() }
+    }
+}
+
+impl Inode {
+    pub fn attr(&self, ino: Ino) -> Attr {
+        Attr {
+            ino,
+            generation: 0,
+            kind: self.kind,
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            nlink: self.nlink,
+            size: self.dir.as_ref().map_or(self.size, |dir| dir.entries),
+            allocated: self.allocated,
+            atime: self.atime,
+            mtime: self.mtime,
+            ctime: self.ctime,
+            btime: self.btime,
+            rdev: self.rdev,
+            data_version: self.data_version,
+            cell: self.cell,
+        }
+    }
+
+    pub fn is_dir(&self) -> bool {
+        self.dir.is_some()
+    }
+
+    /// What the inode adds to the counts of the directories above it.
+    pub fn contribution(&self) -> Totals {
+        match &self.dir {
+            Some(dir) => Totals { directories: dir.totals.directories + 1, ..dir.totals },
+            None => Totals { files: 1, directories: 0, bytes: self.size, allocated: self.allocated },
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dentry {
+    pub ino: Ino,
+    pub kind: FileKind,
+    pub cookie: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CookieEntry {
+    pub name: FileName,
+    pub ino: Ino,
+    pub kind: FileKind,
+}
+
+/// Numbers of the whole volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    pub applied: u64,
+    pub next_ino: u64,
+    pub chunks: u64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0 }
+    }
+}
