@@ -1,0 +1,102 @@
+//! The metadata and the chunks, as the file system semantics want to see them.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use ctfs_chunk::{ChunkError, Chunks, PutError};
+use ctfs_consensus::{Consensus, ProposeError};
+use ctfs_meta::{Op, Reply, SharedNamespace};
+use ctfs_types::{ChunkId, Incarnation, NodeId};
+use ctfs_vfs::{ChunkAccess, FsError, Metadata, SpaceReport};
+
+use crate::report::Figures;
+
+/// The replicated metadata, reached from this server.
+pub struct ReplicatedMetadata {
+    pub consensus: Consensus,
+    pub replica: SharedNamespace,
+    pub node: NodeId,
+    pub incarnation: Incarnation,
+}
+
+fn no_quorum(error: ProposeError) -> FsError {
+    match error {
+        ProposeError::NoQuorum { waited } => FsError::NoQuorum { waited },
+        ProposeError::Stopped => FsError::Shutdown,
+        other => {
+            tracing::warn!(error = %other, "a command found no verdict");
+            FsError::NoQuorum { waited: Duration::ZERO }
+        }
+    }
+}
+
+#[async_trait]
+impl Metadata for ReplicatedMetadata {
+    fn replica(&self) -> &SharedNamespace {
+        &self.replica
+    }
+
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.consensus.propose(op).await.map_err(no_quorum)?.map_err(FsError::Meta)
+    }
+
+    async fn barrier(&self) -> Result<(), FsError> {
+        self.consensus.barrier().await.map_err(no_quorum)
+    }
+
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    fn leased(&self) -> bool {
+        self.consensus.leased()
+    }
+}
+
+/// The chunks of the whole cluster, reached from this server.
+pub struct ClusterChunks {
+    pub chunks: Arc<Chunks>,
+    pub figures: Arc<Figures>,
+    pub runtime: tokio::runtime::Handle,
+}
+
+#[async_trait]
+impl ChunkAccess for ClusterChunks {
+    async fn get(&self, id: ChunkId, len: u32) -> Result<Bytes, FsError> {
+        self.chunks.get(id, len).await.map_err(|error| {
+            tracing::error!(chunk = %id, %error, "chunk cannot be read");
+            match error {
+                ChunkError::Lost { .. } => FsError::ChunkLost,
+                _ => FsError::ChunkUnavailable,
+            }
+        })
+    }
+
+    async fn put(&self, bytes: Bytes, copies: u8) -> Result<ChunkId, FsError> {
+        self.chunks.put(bytes, copies).await.map(|stored| stored.id).map_err(|error| {
+            tracing::warn!(%error, "chunk cannot be stored");
+            match error {
+                PutError::Full { .. } => FsError::NoSpace,
+                _ => FsError::TooFewCopies,
+            }
+        })
+    }
+
+    fn prefetch(&self, id: ChunkId, len: u32) {
+        let chunks = self.chunks.clone();
+        self.runtime.spawn(async move {
+            if let Err(error) = chunks.get(id, len).await {
+                tracing::debug!(chunk = %id, %error, "read-ahead failed");
+            }
+        });
+    }
+
+    fn free(&self) -> SpaceReport {
+        self.figures.space()
+    }
+}

@@ -1,0 +1,104 @@
+//! What the leader collects: unreferenced chunks after their grace time, and inodes that have
+//! neither a name nor an open handle.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use ctfs_consensus::Consensus;
+use ctfs_meta::{MemberState, Op};
+use ctfs_net::Network;
+use ctfs_types::{Ino, NodeId, Timestamp};
+use ctfs_vfs::Vfs;
+use tokio::sync::watch;
+
+use crate::{
+    messages::{self, OpenOrphans, service},
+    peers::CALL_DEADLINE,
+};
+
+/// How often orphans are asked about: their space comes back this much later.
+const ORPHANS_EVERY: Duration = Duration::from_secs(1);
+/// How often condemned chunks are looked at.
+const CHUNKS_EVERY: Duration = Duration::from_secs(5);
+/// Inodes or chunks in one command; keeps a log entry near 64 KiB.
+const BATCH: usize = 1024;
+
+pub struct Collector {
+    pub consensus: Consensus,
+    pub network: Network,
+    pub vfs: Arc<Vfs>,
+    pub node: NodeId,
+    pub grace: Duration,
+}
+
+impl Collector {
+    pub async fn run(self, mut stop: watch::Receiver<bool>) {
+        let mut orphans = tokio::time::interval(ORPHANS_EVERY);
+        let mut chunks = tokio::time::interval(CHUNKS_EVERY);
+        loop {
+            tokio::select! {
+                _ = orphans.tick() => if self.consensus.status().is_leader { self.reap().await },
+                _ = chunks.tick() => if self.consensus.status().is_leader { self.forget_chunks().await },
+                _ = stop.wait_for(|&stop| stop) => return,
+            }
+        }
+    }
+
+    /// Reaps the orphans that no server has open.
+    ///
+    /// Every active member must answer for itself: one that does not may have them open. A
+    /// member that is away has lost its leases, and with them its handles.
+    async fn reap(&self) {
+        loop {
+            let (inos, applied, members) = {
+                let replica = self.consensus.replica();
+                let namespace = replica.read();
+                match (namespace.orphans(BATCH), namespace.members()) {
+                    (Ok(inos), Ok(members)) => (inos, namespace.applied(), members),
+                    _ => return,
+                }
+            };
+            if inos.is_empty() {
+                return;
+            }
+            let mut open = self.vfs.open_orphans(&inos);
+            let question = messages::encode(&OpenOrphans { applied, inos: inos.clone() });
+            let others = members.iter().filter(|m| m.node != self.node && m.state == MemberState::Active);
+            let answers = others.map(|member| async {
+                let reply = self.network.call(member.node, service::OPEN_ORPHANS, question.clone(), CALL_DEADLINE).await.ok()?;
+                messages::decode::<Vec<bool>>(&reply).ok().filter(|answer| answer.len() == inos.len())
+            });
+            for answer in futures_util::future::join_all(answers).await {
+                let Some(answer) = answer else { return };
+                for (here, there) in open.iter_mut().zip(answer) {
+                    *here |= there;
+                }
+            }
+            let unused: Vec<Ino> = inos.iter().zip(&open).filter(|(_, open)| !**open).map(|(ino, _)| *ino).collect();
+            let all = unused.len() == inos.len();
+            if unused.is_empty() || self.consensus.propose(Op::Reap { inos: unused }).await.is_err() {
+                return;
+            }
+            if !all || inos.len() < BATCH {
+                return;
+            }
+        }
+    }
+
+    /// Second phase of garbage collection: forgets what stayed unreferenced for the grace time.
+    async fn forget_chunks(&self) {
+        let Some(before) = SystemTime::now().checked_sub(self.grace).map(Timestamp::from) else { return };
+        loop {
+            let chunks = match self.consensus.replica().read().condemned(before, BATCH) {
+                Ok(chunks) if !chunks.is_empty() => chunks,
+                _ => return,
+            };
+            let last = chunks.len() < BATCH;
+            if self.consensus.propose(Op::ForgetChunks { chunks }).await.is_err() || last {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! What happens when the replica moves: kernel caches, lock waiters, repair and the member list
+//! are told, and how far the kernel was told is reported back.
+
+use std::sync::{Arc, OnceLock};
+
+use ctfs_consensus::Observer;
+use ctfs_fuse::Notifier;
+use ctfs_meta::Change;
+use ctfs_types::{ChunkId, Incarnation, LogIndex};
+use ctfs_vfs::Vfs;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+
+use crate::repair::Repair;
+
+/// Chunks waiting to be deleted; past it the next repair walk finds them.
+const FORGOTTEN_MAX: usize = 65536;
+
+pub struct Events {
+    /// This life of this server: its own changes need no invalidation of its own kernel.
+    own: Incarnation,
+    vfs: OnceLock<Arc<Vfs>>,
+    repair: OnceLock<Arc<Repair>>,
+    notifier: Mutex<Option<Notifier>>,
+    invalidated: watch::Sender<LogIndex>,
+    members: watch::Sender<u64>,
+    forgotten: mpsc::Sender<ChunkId>,
+}
+
+impl Events {
+    /// The receiver yields chunks whose copies may be deleted.
+    pub fn new(own: Incarnation) -> (Arc<Self>, mpsc::Receiver<ChunkId>) {
+        let (forgotten, deletions) = mpsc::channel(FORGOTTEN_MAX);
+        let events = Self {
+            own,
+            vfs: OnceLock::new(),
+            repair: OnceLock::new(),
+            notifier: Mutex::new(None),
+            invalidated: watch::Sender::new(LogIndex(0)),
+            members: watch::Sender::new(0),
+            forgotten,
+        };
+        (Arc::new(events), deletions)
+    }
+
+    pub fn tell_vfs(&self, vfs: Arc<Vfs>) {
+        assert!(self.vfs.set(vfs).is_ok(), "the file system starts once");
+    }
+
+    pub fn tell_repair(&self, repair: Arc<Repair>) {
+        assert!(self.repair.set(repair).is_ok(), "repair starts once");
+    }
+
+    /// Sets or takes away the kernel to be told; without one everything counts as told.
+    pub fn tell_kernel(&self, notifier: Option<Notifier>) {
+        *self.notifier.lock() = notifier;
+    }
+
+    /// Fires when the member list may have changed.
+    pub fn members(&self) -> watch::Receiver<u64> {
+        self.members.subscribe()
+    }
+
+    fn told(&self, index: LogIndex) {
+        self.invalidated.send_if_modified(|told| {
+            let newer = index > *told;
+            if newer {
+                *told = index;
+            }
+            newer
+        });
+    }
+
+    /// Reports the notifier's progress as this server's; runs until the mount ends.
+    pub async fn follow(self: Arc<Self>, mut invalidated: watch::Receiver<LogIndex>) {
+        while invalidated.changed().await.is_ok() {
+            let index = *invalidated.borrow_and_update();
+            self.told(index);
+        }
+    }
+}
+
+impl Observer for Events {
+    fn applied(&self, index: LogIndex, changes: Vec<(u64, Change)>) {
+        if let Some(vfs) = self.vfs.get() {
+            let all: Vec<Change> = changes.iter().map(|(_, change)| change.clone()).collect();
+            vfs.changed(&all);
+        }
+        for (_, change) in &changes {
+            match change {
+                Change::ChunkWanted { chunk } => {
+                    if let Some(repair) = self.repair.get() {
+                        repair.want(*chunk);
+                    }
+                }
+                Change::ChunkForgotten { chunk } => {
+                    if self.forgotten.try_send(*chunk).is_err() {
+                        tracing::debug!(%chunk, "left to the next repair walk");
+                    }
+                }
+                Change::Members => self.members.send_modify(|count| *count += 1),
+                _ => {}
+            }
+        }
+        let notifier = self.notifier.lock();
+        match notifier.as_ref() {
+            Some(notifier) => {
+                let foreign = changes.into_iter().filter(|(client, _)| *client != self.own.0).map(|(_, change)| change);
+                notifier.apply(index, foreign.collect());
+            }
+            None => self.told(index),
+        }
+    }
+
+    fn installed_snapshot(&self) {
+        self.members.send_modify(|count| *count += 1);
+        if let Some(repair) = self.repair.get() {
+            repair.walk_soon();
+        }
+        if let Some(notifier) = self.notifier.lock().as_ref() {
+            notifier.forget_everything();
+        }
+    }
+
+    fn invalidated(&self) -> watch::Receiver<LogIndex> {
+        self.invalidated.subscribe()
+    }
+}

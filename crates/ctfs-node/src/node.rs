@@ -1,0 +1,578 @@
+//! One server, from its state directory to its mount and back.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use ctfs_chunk::{ChunkStore, Chunks, ChunksSettings, Placement, Server, StoreSettings, tier::CacheTier};
+use ctfs_consensus::Consensus;
+use ctfs_fuse::{Mount, MountSettings};
+use ctfs_meta::{ClusterIdentity, Member, MemberState, MetaError, Op, Policy};
+use ctfs_net::{Authority, Identity, NetSettings, Network, PeerInfo};
+use ctfs_types::{Incarnation, Ino, NodeId, Timestamp};
+use ctfs_vfs::{Vfs, VfsSettings};
+use parking_lot::Mutex;
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{
+    access::{ClusterChunks, ReplicatedMetadata},
+    collect::Collector,
+    events::Events,
+    join::{self, Doorman},
+    members::Membership,
+    messages::{JoinReply, JoinRequest},
+    peers::Peers,
+    problem::Problem,
+    repair::Repair,
+    report::Figures,
+    services::Services,
+    settings::NodeSettings,
+    state::{ClusterRecord, StateDir},
+};
+
+/// A restarted server waits this long for the others before it serves what it has.
+const CATCH_UP: Duration = Duration::from_secs(30);
+/// `down` writes back what is dirty for this long before it gives up and says so.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A running server.
+pub struct Node {
+    pub(crate) settings: NodeSettings,
+    pub(crate) state: StateDir,
+    pub(crate) id: NodeId,
+    pub(crate) record: ClusterRecord,
+    pub(crate) network: Network,
+    pub(crate) consensus: Consensus,
+    pub(crate) store: Arc<ChunkStore>,
+    pub(crate) chunks: Arc<Chunks>,
+    pub(crate) tier: Arc<CacheTier>,
+    pub(crate) vfs: Arc<Vfs>,
+    pub(crate) services: Arc<Services>,
+    pub(crate) membership: Arc<Membership>,
+    pub(crate) doorman: Doorman,
+    pub(crate) repair: Arc<Repair>,
+    pub(crate) figures: Arc<Figures>,
+    events: Arc<Events>,
+    mount: Mutex<Option<Arc<Mount>>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    stop: watch::Sender<bool>,
+    stopped: watch::Sender<bool>,
+    pub(crate) started: Instant,
+    /// Why this server can no longer take part, once it knows.
+    pub(crate) ended: Mutex<Option<Problem>>,
+}
+
+/// What a server needs to speak for itself.
+struct Credentials {
+    identity: Identity,
+    authority: Authority,
+    record: ClusterRecord,
+    incarnation: Incarnation,
+    founding: bool,
+}
+
+impl Node {
+    /// Starts this server: as a cluster of one, as a member that joins, or as the member it
+    /// was before; returns when the mount serves.
+    ///
+    /// # Errors
+    /// A [`Problem`] for the person who asked; nothing that existed before is lost.
+    pub async fn start(settings: NodeSettings) -> Result<Arc<Self>, Problem> {
+        if let Some(path) = &settings.mountpoint {
+            ctfs_fuse::check_mountpoint(path).map_err(|error| Problem::mountpoint(path, &error))?;
+        }
+        let state = StateDir::open(&settings.state)?;
+        let mut settings = settings;
+        let credentials = credentials(&state, &mut settings).await?;
+        let Credentials { identity, authority, record, incarnation, founding } = credentials;
+        let id = identity.node();
+
+        let services = Arc::new(Services::default());
+        let network = Network::bind(
+            NetSettings { listen: settings.listen, ..NetSettings::default() },
+            identity,
+            record.identity.ca_certificate.clone(),
+            services.clone(),
+        )
+        .await
+        .map_err(|error| Problem::listen(settings.listen, &error.to_string()))?;
+        network.set_members(peer_infos(&state.peers(), id));
+        let peers = Peers::new(network.clone());
+
+        let (events, deletions) = Events::new(incarnation);
+        let consensus_settings = ctfs_consensus::Settings::new(state.join("meta"), id, incarnation);
+        let consensus = Consensus::start(consensus_settings, peers.clone(), events.clone())
+            .await
+            .map_err(|error| Problem::metadata(&error.to_string()))?;
+        services.serve_consensus(consensus.clone());
+
+        let store_settings = StoreSettings { capacity: settings.capacity.0, pin_for: settings.gc_grace, ..StoreSettings::default() };
+        let store = ChunkStore::open(&state.join("chunks"), store_settings).map_err(|e| Problem::chunk_store(&e.to_string()))?;
+        let store = Arc::new(store);
+        let chunks = Chunks::new(id, store.clone(), peers.clone(), ChunksSettings::default());
+        services.serve_chunks(store.clone(), chunks.clone());
+
+        if founding && !consensus.is_initialized() {
+            found(&consensus, &settings, &record, id, incarnation, &network).await?;
+        }
+
+        let tier = CacheTier::open(&settings.cache_dir, settings.cache_size.0).map_err(|e| Problem::cache(&settings.cache_dir, &e.to_string()))?;
+        let tier = Arc::new(tier);
+        let replica = consensus.replica();
+        let figures = Figures::new(network.clone(), consensus.clone(), store.clone(), tier.clone(), id);
+        let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: replica.clone(), node: id, incarnation });
+        let runtime = tokio::runtime::Handle::current();
+        let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
+        let vfs = Vfs::new(metadata, cluster_chunks, tier.clone(), VfsSettings::default());
+        events.tell_vfs(vfs.clone());
+        services.serve_vfs(vfs.clone());
+
+        let repair = Repair::new(replica, store.clone(), chunks.clone());
+        figures.watch_repair(repair.clone());
+        events.tell_repair(repair.clone());
+        let membership = Membership::new(consensus.clone(), services.clone(), network.clone(), id, settings.away_after);
+        services.serve_cluster(Doorman::new(consensus.clone(), authority.clone()), membership.clone(), figures.clone());
+
+        let node = Arc::new(Self {
+            doorman: Doorman::new(consensus.clone(), authority),
+            settings,
+            state,
+            id,
+            record,
+            network,
+            consensus,
+            store,
+            chunks,
+            tier,
+            vfs,
+            services,
+            membership,
+            repair,
+            figures,
+            events,
+            mount: Mutex::new(None),
+            tasks: Mutex::default(),
+            stop: watch::Sender::new(false),
+            stopped: watch::Sender::new(false),
+            started: Instant::now(),
+            ended: Mutex::new(None),
+        });
+        node.follow_members();
+        node.spawn_tasks(deletions);
+        let serving = async {
+            node.take_part(incarnation).await?;
+            node.mount()
+        };
+        match serving.await {
+            Ok(()) => Ok(node),
+            Err(problem) => {
+                node.shutdown().await;
+                Err(problem)
+            }
+        }
+    }
+
+    /// Waits until this server's replica is current, then reports its new life.
+    async fn take_part(&self, incarnation: Incarnation) -> Result<(), Problem> {
+        let deadline = Instant::now() + CATCH_UP;
+        let mut applied = self.consensus.applied();
+        let mut last = Problem::no_quorum("the other servers did not answer");
+        while Instant::now() < deadline {
+            let member = self.member(self.id)?;
+            if let Some(member) = member {
+                let op = Op::Incarnate {
+                    node: self.id,
+                    incarnation,
+                    addresses: advertised(&self.settings, &self.network, &member.addresses),
+                    capacity: self.settings.capacity.0,
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                };
+                match self.consensus.propose(op).await {
+                    Ok(Ok(_)) => return Ok(()),
+                    Ok(Err(MetaError::NoSuchMember)) => return Err(Problem::removed()),
+                    Ok(Err(verdict)) => return Err(Problem::internal(&verdict.to_string())),
+                    Err(error) => last = Problem::no_quorum(&error.to_string()),
+                }
+            } else {
+                // The leader adds this server as a learner first; the entry that names it comes
+                // with the log.
+                let more = tokio::time::timeout(Duration::from_millis(500), applied.changed());
+                if let Ok(Err(_)) = more.await {
+                    return Err(Problem::metadata("the log stopped"));
+                }
+            }
+        }
+        // A server that was part of the cluster before serves what it has: reads by the stated
+        // policy, writes when a majority is back. One that joins has nothing yet.
+        if self.member(self.id)?.is_some() {
+            tracing::warn!(why = last.what, "starting without a majority");
+            Ok(())
+        } else {
+            Err(last)
+        }
+    }
+
+    fn member(&self, node: NodeId) -> Result<Option<Member>, Problem> {
+        self.consensus.replica().read().member(node).map_err(|error| Problem::metadata(&error.to_string()))
+    }
+
+    /// Mounts, if this server has a mountpoint and is not mounted yet.
+    pub fn mount(self: &Arc<Self>) -> Result<(), Problem> {
+        let Some(path) = self.settings.mountpoint.clone() else { return Ok(()) };
+        let mut slot = self.mount.lock();
+        if slot.is_some() {
+            return Ok(());
+        }
+        let settings = MountSettings { mountpoint: path.clone(), threads: self.settings.threads, ..MountSettings::default() };
+        let mount = Mount::start(self.vfs.clone(), tokio::runtime::Handle::current(), settings)
+            .map_err(|error| Problem::mountpoint(&path, &error))?;
+        let mount = Arc::new(mount);
+        let notifier = mount.notifier();
+        self.spawn(self.events.clone().follow(notifier.invalidated()));
+        self.events.tell_kernel(Some(notifier));
+        *slot = Some(mount.clone());
+        drop(slot);
+        let node = Arc::downgrade(self);
+        self.spawn(async move {
+            mount.ended().await;
+            if let Some(node) = node.upgrade() {
+                tracing::info!(path = %path.display(), "unmounted");
+                node.events.tell_kernel(None);
+                *node.mount.lock() = None;
+            }
+        });
+        Ok(())
+    }
+
+    /// Unmounts and keeps serving peers; what is dirty is written back first.
+    pub async fn unmount(&self) -> Result<(), Problem> {
+        let mount = self.mount.lock().take();
+        let Some(mount) = mount else { return Ok(()) };
+        self.write_back().await?;
+        self.events.tell_kernel(None);
+        let unmounted = tokio::task::spawn_blocking(move || mount.unmount()).await;
+        match unmounted {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Problem::internal(&format!("unmount: {error}"))),
+            Err(error) => Err(Problem::internal(&error.to_string())),
+        }
+    }
+
+    pub fn is_mounted(&self) -> bool {
+        self.mount.lock().is_some()
+    }
+
+    async fn write_back(&self) -> Result<(), Problem> {
+        match tokio::time::timeout(FLUSH_DEADLINE, self.vfs.flush_all()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Problem::not_flushed(&error.to_string())),
+            Err(_) => Err(Problem::not_flushed("it took too long")),
+        }
+    }
+
+    /// Flushes, unmounts and stops. Safe to call more than once.
+    pub async fn shutdown(&self) {
+        if let Err(problem) = self.unmount().await {
+            tracing::error!(code = problem.code, what = problem.what, why = problem.why, "shutting down with a problem");
+        }
+        if let Err(problem) = self.write_back().await {
+            tracing::error!(code = problem.code, what = problem.what, why = problem.why, "shutting down with a problem");
+        }
+        self.stop.send_replace(true);
+        let tasks = std::mem::take(&mut *self.tasks.lock());
+        for task in tasks {
+            let abort = task.abort_handle();
+            if tokio::time::timeout(Duration::from_secs(5), task).await.is_err() {
+                abort.abort();
+            }
+        }
+        self.consensus.shutdown().await;
+        self.network.close().await;
+        self.stopped.send_replace(true);
+    }
+
+    /// Resolves when [`Self::shutdown`] was asked for by the admin socket.
+    pub async fn stop_requested(&self) {
+        let mut stop = self.stop.subscribe();
+        // The sender lives as long as `self`.
+        let _closed = stop.wait_for(|&stop| stop).await;
+    }
+
+    /// Asks whoever runs this node to shut it down.
+    pub fn request_stop(&self) {
+        self.stop.send_replace(true);
+    }
+
+    pub async fn wait_stopped(&self) {
+        let mut stopped = self.stopped.subscribe();
+        let _closed = stopped.wait_for(|&stopped| stopped).await;
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock();
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(tokio::spawn(task));
+    }
+
+    fn spawn_tasks(self: &Arc<Self>, mut deletions: tokio::sync::mpsc::Receiver<ctfs_types::ChunkId>) {
+        let stop = || self.stop.subscribe();
+        self.spawn(self.membership.clone().run(self.events.members(), stop()));
+        self.spawn(self.repair.clone().run(stop()));
+        self.spawn(self.figures.clone().run(stop()));
+        let collector = Collector {
+            consensus: self.consensus.clone(),
+            network: self.network.clone(),
+            vfs: self.vfs.clone(),
+            node: self.id,
+            grace: self.settings.gc_grace,
+        };
+        self.spawn(collector.run(stop()));
+
+        let node = Arc::downgrade(self);
+        let (mut members, mut stopping) = (self.events.members(), stop());
+        self.spawn(async move {
+            loop {
+                // Tokens run out without an event, hence the timer.
+                tokio::select! {
+                    changed = members.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(Duration::from_secs(5)) => {}
+                    _ = stopping.wait_for(|&stop| stop) => return,
+                }
+                let Some(node) = node.upgrade() else { return };
+                node.follow_members();
+            }
+        });
+
+        let (store, replica, mut stopping) = (self.store.clone(), self.consensus.replica(), stop());
+        self.spawn(async move {
+            loop {
+                let chunk = tokio::select! {
+                    chunk = deletions.recv() => match chunk { Some(chunk) => chunk, None => return },
+                    _ = stopping.wait_for(|&stop| stop) => return,
+                };
+                // Referenced again since it was forgotten: keep it.
+                let unknown = matches!(replica.read().chunk(&chunk), Ok(None));
+                if unknown && let Err(error) = store.delete(chunk).await {
+                    tracing::warn!(%chunk, %error, "cannot delete a chunk");
+                }
+            }
+        });
+
+        let (store, mut stopping) = (self.store.clone(), stop());
+        self.spawn(async move {
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_secs(30)) => {}
+                    _ = stopping.wait_for(|&stop| stop) => return,
+                }
+                let store = store.clone();
+                match tokio::task::spawn_blocking(move || store.compact()).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(error)) => tracing::warn!(%error, "compaction of the chunk store failed"),
+                    Err(error) => tracing::error!(%error, "compaction of the chunk store died"),
+                }
+            }
+        });
+
+        let (mut damaged, repair, mut stopping) = (self.store.damaged(), self.repair.clone(), stop());
+        self.spawn(async move {
+            loop {
+                tokio::select! {
+                    chunk = damaged.recv() => match chunk { Some(chunk) => repair.want(chunk), None => return },
+                    _ = stopping.wait_for(|&stop| stop) => return,
+                }
+            }
+        });
+    }
+
+    /// Carries the replicated member list into the network, the placement and the state directory.
+    fn follow_members(&self) {
+        let (members, removed, tokens) = {
+            let replica = self.consensus.replica();
+            let namespace = replica.read();
+            match (namespace.members(), namespace.removed_keys(), namespace.tokens()) {
+                (Ok(members), Ok(removed), Ok(tokens)) => (members, removed, tokens),
+                (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
+                    tracing::error!(%error, "cannot read the member list");
+                    return;
+                }
+            }
+        };
+        if members.is_empty() {
+            return;
+        }
+        if removed.contains(&self.network.key_hash()) {
+            let problem = Problem::removed();
+            tracing::error!(code = problem.code, what = problem.what, "this server was removed from the cluster");
+            *self.ended.lock() = Some(problem);
+        }
+        let now = Timestamp::from(SystemTime::now());
+        let door_open = tokens.iter().any(|t| t.expires > now && t.uses_left > 0) || members.iter().any(|m| m.incarnation.0 == 0);
+        self.network.set_joining(door_open);
+        if members != self.state.peers() {
+            if let Err(problem) = self.state.set_peers(&members) {
+                tracing::warn!(what = problem.what, why = problem.why, "cannot remember the members");
+            }
+        }
+        self.network.set_members(peer_infos(&members, self.id));
+        let placement = placement_of(&members);
+        if self.chunks.set_placement(placement) {
+            self.repair.walk_soon();
+        }
+    }
+}
+
+/// The servers chunks are placed on: members that are not away, weighted by capacity.
+pub fn placement_of(members: &[Member]) -> Placement {
+    let servers = members
+        .iter()
+        .filter(|member| member.state == MemberState::Active)
+        .map(|member| Server { node: member.node, zone: member.zone.clone(), weight: (member.capacity >> 30).max(1) })
+        .collect();
+    Placement::new(servers)
+}
+
+fn peer_infos(members: &[Member], own: NodeId) -> Vec<PeerInfo> {
+    members
+        .iter()
+        .filter(|member| member.node != own)
+        .map(|member| PeerInfo { node: member.node, key: member.key, addresses: member.addresses.clone() })
+        .collect()
+}
+
+/// Loads what this server is, or makes it so: founds a cluster or joins one.
+async fn credentials(state: &StateDir, settings: &mut NodeSettings) -> Result<Credentials, Problem> {
+    let identity_dir = state.join("identity");
+    let identity_error = |error: ctfs_net::NetError| Problem::damaged(&identity_dir, &error.to_string());
+    let founding = match (state.cluster()?, settings.join.take()) {
+        (Some(record), token) => {
+            if let Some(token) = token
+                && token.ca_hash != *blake3::hash(&record.identity.ca_certificate).as_bytes()
+            {
+                return Err(Problem::foreign_cluster(state.path(), &record.identity.name));
+            }
+            settings.name = record.name;
+            settings.zone = record.zone;
+            true
+        }
+        (None, Some(token)) => {
+            become_member(state, settings, &token).await?;
+            false
+        }
+        (None, None) => {
+            become_founder(state, settings)?;
+            true
+        }
+    };
+    let identity = Identity::load(&identity_dir).map_err(identity_error)?;
+    let (record, incarnation) = state.begin_life(identity.node())?;
+    let key = String::from_utf8(state.read("ca.key")?).map_err(|_| Problem::damaged(&state.join("ca.key"), "it is not text"))?;
+    let authority = Authority::from_parts(&record.identity.ca_certificate, &key)
+        .map_err(|error| Problem::damaged(&state.join("ca.key"), &error.to_string()))?;
+    Ok(Credentials { identity, authority, record, incarnation, founding })
+}
+
+fn become_founder(state: &StateDir, settings: &NodeSettings) -> Result<(), Problem> {
+    let internal = |error: ctfs_net::NetError| Problem::internal(&error.to_string());
+    let name = crate::names::cluster_name();
+    let authority = Authority::create(&name).map_err(internal)?;
+    let mut identity = Identity::create(&state.join("identity")).map_err(internal)?;
+    let certificate = authority.sign(identity.public_key(), identity.node()).map_err(internal)?;
+    identity.set_certificate(certificate).map_err(internal)?;
+    state.write("ca.key", authority.key_pem().as_bytes())?;
+    // Last: with this record the state directory is a member's.
+    state.set_cluster(&ClusterRecord {
+        identity: ClusterIdentity { id: rand::random(), name, ca_certificate: authority.certificate_der() },
+        lives: 0,
+        name: settings.name.clone(),
+        zone: settings.zone.clone(),
+    })
+}
+
+async fn become_member(state: &StateDir, settings: &NodeSettings, token: &ctfs_net::JoinToken) -> Result<(), Problem> {
+    let internal = |error: ctfs_net::NetError| Problem::internal(&error.to_string());
+    // The key of an earlier try is used again, so that the cluster knows it.
+    let identity_dir = state.join("identity");
+    let mut identity = Identity::load(&identity_dir).or_else(|_| Identity::create(&identity_dir)).map_err(internal)?;
+    let request = JoinRequest {
+        secret: token.secret,
+        name: settings.name.clone(),
+        zone: settings.zone.clone(),
+        addresses: settings.advertise.clone(),
+        port: settings.listen.port(),
+        capacity: settings.capacity.0,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let JoinReply { cluster, certificate, authority_key, members } = join::ask(token, &identity, request).await?;
+    if *blake3::hash(&cluster.ca_certificate).as_bytes() != token.ca_hash {
+        return Err(Problem::wrong_authority("the cluster named another authority than its certificate"));
+    }
+    identity.set_certificate(certificate).map_err(internal)?;
+    state.write("ca.key", authority_key.as_bytes())?;
+    state.set_peers(&members)?;
+    // Last: with this record the state directory is a member's.
+    state.set_cluster(&ClusterRecord { identity: cluster, lives: 0, name: settings.name.clone(), zone: settings.zone.clone() })
+}
+
+async fn found(
+    consensus: &Consensus,
+    settings: &NodeSettings,
+    record: &ClusterRecord,
+    id: NodeId,
+    incarnation: Incarnation,
+    network: &Network,
+) -> Result<(), Problem> {
+    let member = Member {
+        node: id,
+        name: settings.name.clone(),
+        zone: settings.zone.clone(),
+        key: network.key_hash(),
+        addresses: advertised(settings, network, &[]),
+        capacity: settings.capacity.0,
+        state: MemberState::Active,
+        incarnation,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        joined: Timestamp::from(SystemTime::now()),
+    };
+    let op = Op::Found { cluster: record.identity.clone(), member };
+    consensus.found(op).await.map_err(|error| Problem::metadata(&error.to_string()))?;
+    if settings.copies > 0 {
+        let policy = Policy { copies: Some(settings.copies), cell: None };
+        match consensus.propose(Op::SetPolicy { ino: Ino::ROOT, policy }).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(verdict)) => return Err(Problem::internal(&verdict.to_string())),
+            Err(error) => return Err(Problem::no_quorum(&error.to_string())),
+        }
+    }
+    Ok(())
+}
+
+/// Where this server can be reached: what it was told, else its interfaces' addresses.
+fn advertised(settings: &NodeSettings, network: &Network, known: &[String]) -> Vec<String> {
+    if !settings.advertise.is_empty() {
+        return settings.advertise.clone();
+    }
+    let port = network.local_addr().port();
+    let listen = settings.listen.ip();
+    if !listen.is_unspecified() {
+        return vec![SocketAddr::new(listen, port).to_string()];
+    }
+    let mut addresses: Vec<String> =
+        crate::interfaces::addresses().into_iter().map(|ip: IpAddr| SocketAddr::new(ip, port).to_string()).collect();
+    for address in known {
+        if !addresses.contains(address) && addresses.len() < 8 {
+            addresses.push(address.clone());
+        }
+    }
+    addresses
+}
+
+/// A path of the state directory, for reports.
+impl Node {
+    pub fn state_path(&self) -> PathBuf {
+        self.state.path().to_owned()
+    }
+}

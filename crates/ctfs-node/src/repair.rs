@@ -1,0 +1,223 @@
+//! Repair is pull: each server fetches the chunks that placement gives it and it does not hold,
+//! and drops the ones it holds beyond placement once the others are known to be safe.
+//!
+//! No server decides for another, so no coordinator can be lost. A walk visits every chunk
+//! record of the local replica; between walks, chunks that were just written or found damaged
+//! are looked at one by one.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use ctfs_chunk::{ChunkStore, Chunks, Ensured};
+use ctfs_meta::SharedNamespace;
+use ctfs_types::ChunkId;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore, watch};
+
+/// A whole walk without any reason: a missed event is noticed after this long.
+const WALK_EVERY: Duration = Duration::from_secs(600);
+/// A chunk just written is looked at after this long: its writer is still placing copies.
+const SETTLE: Duration = Duration::from_secs(3);
+/// Chunk records read under one hold of the replica's lock.
+const PAGE: usize = 512;
+/// Fetches at a time; more would push the programs' own reads aside.
+const FETCHES: usize = 4;
+/// Chunks remembered between walks; past it the next walk finds them anyway.
+const WANTED_MAX: usize = 100_000;
+
+pub struct Repair {
+    replica: SharedNamespace,
+    store: Arc<ChunkStore>,
+    chunks: Arc<Chunks>,
+    wanted: Mutex<BTreeSet<(Instant, ChunkId)>>,
+    walk: AtomicBool,
+    wake: Notify,
+    progress: Progress,
+}
+
+/// What repair is doing, for `ctfs status`.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub walking: AtomicBool,
+    pub walked: AtomicU64,
+    pub total: AtomicU64,
+    pub fetched: AtomicU64,
+    /// Placed here and not held, as the last walk left it.
+    pub missing: AtomicU64,
+    pub dropped: AtomicU64,
+}
+
+impl Repair {
+    pub fn new(replica: SharedNamespace, store: Arc<ChunkStore>, chunks: Arc<Chunks>) -> Arc<Self> {
+        Arc::new(Self {
+            replica,
+            store,
+            chunks,
+            wanted: Mutex::default(),
+            walk: AtomicBool::new(true),
+            wake: Notify::new(),
+            progress: Progress::default(),
+        })
+    }
+
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Looks at one chunk soon: it was just written, or its copy here was found damaged.
+    pub fn want(&self, chunk: ChunkId) {
+        let mut wanted = self.wanted.lock();
+        if wanted.len() < WANTED_MAX {
+            wanted.insert((Instant::now() + SETTLE, chunk));
+        }
+    }
+
+    /// Walks all chunks soon: the members changed, or a snapshot was installed.
+    pub fn walk_soon(&self) {
+        self.walk.store(true, Relaxed);
+        self.wake.notify_one();
+    }
+
+    pub async fn run(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        let mut last_walk = Instant::now();
+        loop {
+            let next = self.wanted.lock().first().map(|(at, _)| *at);
+            let until = next.unwrap_or(Instant::now() + WALK_EVERY).min(last_walk + WALK_EVERY);
+            if !self.walk.load(Relaxed) {
+                tokio::select! {
+                    () = tokio::time::sleep_until(until.into()) => {}
+                    () = self.wake.notified() => {}
+                    _ = stop.wait_for(|&stop| stop) => return,
+                }
+            }
+            let work = async {
+                if self.walk.swap(false, Relaxed) || last_walk.elapsed() >= WALK_EVERY {
+                    self.walk().await;
+                    last_walk = Instant::now();
+                }
+                self.look_at_wanted().await;
+            };
+            tokio::select! {
+                () = work => {}
+                _ = stop.wait_for(|&stop| stop) => return,
+            }
+        }
+    }
+
+    async fn look_at_wanted(&self) {
+        let now = Instant::now();
+        let due: Vec<ChunkId> = {
+            let mut wanted = self.wanted.lock();
+            let later = wanted.split_off(&(now, ChunkId([0xff; 32])));
+            std::mem::replace(&mut *wanted, later).into_iter().map(|(_, chunk)| chunk).collect()
+        };
+        let mut due: BTreeSet<ChunkId> = due.into_iter().collect();
+        if due.remove(&WALK_MARK) {
+            self.walk_soon();
+        }
+        let records: Vec<(ChunkId, u8)> = {
+            let replica = self.replica.read();
+            due.iter().filter_map(|id| replica.chunk(id).ok().flatten().filter(|r| r.references > 0).map(|r| (*id, r.copies))).collect()
+        };
+        if self.tend(&records).await > 0 {
+            // Whoever should have had the chunk is unreachable: try again later, not at once.
+            let mut wanted = self.wanted.lock();
+            let later = now + Duration::from_secs(30);
+            wanted.extend(records.iter().filter(|(id, _)| !self.store.has_quietly(id)).map(|(id, _)| (later, *id)).take(WANTED_MAX));
+        }
+    }
+
+    async fn walk(&self) {
+        self.progress.walking.store(true, Relaxed);
+        self.progress.walked.store(0, Relaxed);
+        let mut missing = 0;
+        let mut after = None;
+        loop {
+            let page = match self.replica.read().chunks(after, PAGE) {
+                Ok(page) => page,
+                Err(error) => {
+                    tracing::error!(%error, "repair cannot read the chunk records");
+                    break;
+                }
+            };
+            let Some((last, _)) = page.last() else { break };
+            after = Some(*last);
+            let records: Vec<(ChunkId, u8)> =
+                page.iter().filter(|(_, r)| r.references > 0).map(|(id, r)| (*id, r.copies)).collect();
+            missing += self.tend(&records).await;
+            self.progress.walked.fetch_add(page.len() as u64, Relaxed);
+        }
+        self.drop_unknown().await;
+        self.progress.missing.store(missing, Relaxed);
+        self.progress.walking.store(false, Relaxed);
+        if missing > 0 {
+            tracing::warn!(missing, "some chunks that belong here could not be fetched");
+            // Their holders are away; look again well before the next walk is due.
+            self.walk_after(Duration::from_secs(30));
+        }
+    }
+
+    fn walk_after(&self, wait: Duration) {
+        // An entry that names no chunk only wakes the loop; `walk` decides.
+        self.walk.store(false, Relaxed);
+        self.wanted.lock().insert((Instant::now() + wait, WALK_MARK));
+    }
+
+    /// Fetches what belongs here and drops what does not; returns how many it failed to fetch.
+    async fn tend(&self, records: &[(ChunkId, u8)]) -> u64 {
+        let slots = Semaphore::new(FETCHES);
+        let work = records.iter().map(|&(id, copies)| {
+            let slots = &slots;
+            async move {
+                let _slot = slots.acquire().await.expect("the semaphore is never closed");
+                match self.chunks.ensure(id, copies).await {
+                    Ok(Ensured::Fetched) => {
+                        self.progress.fetched.fetch_add(1, Relaxed);
+                        0
+                    }
+                    Ok(Ensured::AlreadyHere) => 0,
+                    Ok(Ensured::NotMine) => {
+                        if self.store.has_quietly(&id) && self.chunks.release_surplus(id, copies).await.is_dropped() {
+                            self.progress.dropped.fetch_add(1, Relaxed);
+                        }
+                        0
+                    }
+                    Err(error) => {
+                        tracing::debug!(chunk = %id, %error, "cannot fetch a chunk that belongs here");
+                        1
+                    }
+                }
+            }
+        });
+        futures_util::future::join_all(work).await.into_iter().sum()
+    }
+
+    /// Deletes copies that the metadata does not know: writes that never committed, or chunks
+    /// forgotten while this server was down. The store refuses while they are pinned.
+    async fn drop_unknown(&self) {
+        let mut after = None;
+        loop {
+            let ids = self.store.ids_after(after, PAGE);
+            let Some(last) = ids.last() else { return };
+            after = Some(*last);
+            let unknown: Vec<ChunkId> = {
+                let replica = self.replica.read();
+                ids.into_iter().filter(|id| matches!(replica.chunk(id), Ok(None))).collect()
+            };
+            for id in unknown {
+                if self.store.delete(id).await.is_ok_and(|deleted| deleted) {
+                    self.progress.dropped.fetch_add(1, Relaxed);
+                }
+            }
+        }
+    }
+}
+
+/// Not the hash of anything that was ever stored: see [`Repair::walk_after`].
+const WALK_MARK: ChunkId = ChunkId([0; 32]);

@@ -1,0 +1,177 @@
+//! Figures: what this server knows of itself and of the others, without asking at the moment.
+//!
+//! `statfs` and `ctfs status` must answer whatever the cluster does, so the others' figures are
+//! gathered in the background and read from here.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use ctfs_chunk::{ChunkStore, copies_for, tier::CacheTier};
+use ctfs_consensus::Consensus;
+use ctfs_meta::MemberState;
+use ctfs_net::Network;
+use ctfs_types::NodeId;
+use ctfs_vfs::SpaceReport;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::{
+    messages::{self, ServerFigures, service},
+    repair::Repair,
+};
+
+/// How old the others' figures may get while they answer.
+const GATHER_EVERY: Duration = Duration::from_secs(2);
+const GATHER_DEADLINE: Duration = Duration::from_secs(1);
+/// `df` shows this many free inodes: numbers are 64 bits wide, and tools dislike more.
+const FREE_FILES: u64 = 1 << 32;
+
+pub struct Figures {
+    network: Network,
+    consensus: Consensus,
+    store: Arc<ChunkStore>,
+    tier: Arc<CacheTier>,
+    node: NodeId,
+    repair: OnceLock<Arc<Repair>>,
+    others: Mutex<BTreeMap<NodeId, (Instant, ServerFigures)>>,
+    space: Mutex<SpaceReport>,
+}
+
+impl Figures {
+    pub fn new(network: Network, consensus: Consensus, store: Arc<ChunkStore>, tier: Arc<CacheTier>, node: NodeId) -> Arc<Self> {
+        let figures = Self {
+            network,
+            consensus,
+            store,
+            tier,
+            node,
+            repair: OnceLock::new(),
+            others: Mutex::default(),
+            space: Mutex::default(),
+        };
+        figures.count_space();
+        Arc::new(figures)
+    }
+
+    pub fn watch_repair(&self, repair: Arc<Repair>) {
+        assert!(self.repair.set(repair).is_ok(), "repair starts once");
+    }
+
+    /// This server's own figures.
+    pub fn local(&self) -> ServerFigures {
+        let (cache, store) = (self.tier.usage(), self.store.usage());
+        ServerFigures {
+            applied: self.consensus.applied().borrow().0,
+            cache_used: cache.clean + cache.dirty,
+            cache_limit: cache.limit,
+            store_used: store.stored_bytes,
+            store_capacity: store.capacity,
+            store_free: store.free,
+            chunks: store.chunks,
+            missing: self.repair.get().map_or(0, |repair| repair.missing()),
+            mounted: false,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// The last figures of another server, and how old they are.
+    pub fn of(&self, node: NodeId) -> Option<(Duration, ServerFigures)> {
+        self.others.lock().get(&node).map(|(at, figures)| (at.elapsed(), figures.clone()))
+    }
+
+    pub fn space(&self) -> SpaceReport {
+        *self.space.lock()
+    }
+
+    pub async fn run(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(GATHER_EVERY) => {}
+                _ = stop.wait_for(|&stop| stop) => return,
+            }
+            self.gather().await;
+            self.count_space();
+        }
+    }
+
+    async fn gather(&self) {
+        let Ok(members) = self.consensus.replica().read().members() else { return };
+        let asked = members.iter().filter(|m| m.node != self.node).map(|member| async {
+            let reply = self.network.call(member.node, service::REPORT, Vec::new(), GATHER_DEADLINE).await.ok()?;
+            let figures = messages::decode::<ServerFigures>(&reply).ok()?;
+            Some((member.node, (Instant::now(), figures)))
+        });
+        let answers = futures_util::future::join_all(asked).await;
+        let mut others = self.others.lock();
+        others.retain(|node, _| members.iter().any(|m| m.node == *node));
+        others.extend(answers.into_iter().flatten());
+    }
+
+    fn count_space(&self) {
+        let Ok(members) = self.consensus.replica().read().members() else { return };
+        let others = self.others.lock();
+        let mut used = Vec::new();
+        let mut free = Vec::new();
+        for member in members.iter().filter(|m| m.state == MemberState::Active) {
+            let figures = if member.node == self.node {
+                self.local()
+            } else {
+                others.get(&member.node).map(|(_, figures)| figures.clone()).unwrap_or_default()
+            };
+            used.push(figures.store_used);
+            free.push(figures.store_free);
+        }
+        drop(others);
+        let copies = copies_for(0, free.len()).max(1);
+        let available = logical_bytes_free(&free, copies);
+        let taken = used.iter().sum::<u64>() / copies as u64;
+        *self.space.lock() = SpaceReport { total: taken + available, free: available, available, files: FREE_FILES };
+    }
+}
+
+/// Bytes of content that fit when each is stored on `copies` different servers with this much
+/// room: the largest L with sum(min(free, L)) >= copies * L.
+pub fn logical_bytes_free(free: &[u64], copies: usize) -> u64 {
+    if free.len() < copies || copies == 0 {
+        return 0;
+    }
+    let fits = |content: u64| {
+        let stored: u128 = free.iter().map(|&f| u128::from(f.min(content))).sum();
+        stored >= content as u128 * copies as u128
+    };
+    let (mut low, mut high) = (0, free.iter().copied().max().unwrap_or(0).saturating_mul(free.len() as u64));
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low
+}
+
+impl Repair {
+    /// Chunks that belong to this server and could not be fetched yet.
+    pub fn missing(&self) -> u64 {
+        self.progress().missing.load(Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_full_server_of_three_leaves_no_room_for_three_copies() {
+        assert_eq!(logical_bytes_free(&[100, 100, 0], 3), 0);
+        assert_eq!(logical_bytes_free(&[100, 100, 0], 2), 100);
+    }
+
+    #[test]
+    fn a_large_server_cannot_hold_two_copies_of_one_chunk() {
+        assert_eq!(logical_bytes_free(&[1000, 10, 10], 2), 20);
+        assert_eq!(logical_bytes_free(&[50, 50, 50, 50], 2), 100);
+        assert_eq!(logical_bytes_free(&[7], 1), 7);
+        assert_eq!(logical_bytes_free(&[7], 2), 0);
+    }
+}

@@ -1,0 +1,28 @@
+//! All metadata, always, exactly.
+
+use crate::{support::Cluster, tree};
+
+#[test]
+fn a_tree_copied_on_one_server_is_the_same_on_every_server() {
+    let cluster = Cluster::start("fidelity", 3);
+    let source = tempfile::tempdir_in("/var/tmp").unwrap();
+    let files: usize = std::env::var("CTFS_TEST_FILES").ok().and_then(|n| n.parse().ok()).unwrap_or(1500);
+    tree::make(source.path(), files);
+    cluster.sh(1, &format!("rsync -aHAXS --numeric-ids {}/ $MNT/tree/", source.path().display()));
+    for server in 1..=3 {
+        let copy = cluster.mnt(server).join("tree");
+        let differences = tree::differences(source.path(), &copy);
+        assert!(differences.is_empty(), "s{server}: {} differences\n{}", differences.len(), differences[..differences.len().min(20)].join("\n"));
+    }
+}
+
+#[test]
+fn a_second_rsync_finds_nothing_to_do() {
+    let cluster = Cluster::start("rsync-again", 1);
+    let source = tempfile::tempdir_in("/var/tmp").unwrap();
+    tree::make(source.path(), 100);
+    let rsync = format!("rsync -aHAXS --numeric-ids {}/ $MNT/tree/", source.path().display());
+    cluster.sh(1, &rsync);
+    let again = cluster.sh(1, &format!("{rsync} -i"));
+    assert_eq!(again, "");
+}

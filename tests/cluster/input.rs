@@ -1,0 +1,101 @@
+//! Bad input gives one clear error and loses nothing.
+
+use std::{fs, process::Command};
+
+use crate::support::{CTFS, Cluster, text};
+
+/// Runs `ctfs up` for a server that does not exist yet, in the namespace of server 1.
+fn up(cluster: &Cluster, args: &str) -> (i32, String) {
+    let output = cluster.sh(1, &format!("unset CTFS_STATE; {CTFS} {args} 2>&1 || echo exit=$?"));
+    let code = output.lines().rev().find_map(|line| line.strip_prefix("exit=")).map_or(0, |code| code.parse().unwrap());
+    (code, output)
+}
+
+#[test]
+fn each_bad_input_gives_one_clear_error_and_loses_nothing() {
+    let cluster = Cluster::start("input", 1);
+    fs::write(cluster.mnt(1).join("kept"), "kept").unwrap();
+    let scratch = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (dir, state) = (scratch.path().join("mnt"), scratch.path().join("state"));
+    fs::create_dir(&dir).unwrap();
+    let (dir_s, state_s) = (dir.display(), state.display());
+    let own = cluster.json(1, &["status"])["servers"][0]["addresses"][0].as_str().unwrap().to_owned();
+    let host = own.rsplit_once(':').unwrap().0.to_owned();
+    let token = |ttl: &str| cluster.json(1, &["token", "--ttl", ttl])["token"].as_str().unwrap().to_owned();
+
+    let good = token("10m");
+    let mut mistyped = good.clone();
+    let last = if mistyped.pop() == Some('a') { 'b' } else { 'a' };
+    mistyped.push(last);
+    let mut cases: Vec<(&str, String, &str)> = vec![
+        ("not a directory", format!("up {CTFS} --state {state_s}"), "E0101"),
+        ("not empty", format!("up {} --state {state_s}", scratch.path().display()), "E0102"),
+        ("already mounted", format!("up {} --state {state_s}", cluster.mnt(1).display()), "E0103"),
+        ("port in use", format!("up {dir_s} --state {state_s} --listen {own}"), "E0104"),
+        ("mistyped token", format!("up {dir_s} --state {state_s} --listen {host}:7555 --join {mistyped}"), "E0110"),
+        ("not a token", format!("up {dir_s} --state {state_s} --listen {host}:7555 --join hello"), "E0110"),
+    ];
+    let expired = token("1s");
+    cases.push(("expired token", format!("up {dir_s} --state {state_s} --listen {host}:7555 --join {expired}"), "E0108"));
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    for (case, args, code) in cases {
+        let (exit, said) = up(&cluster, &args);
+        assert_ne!(exit, 0, "{case}: {said}");
+        assert!(said.contains(&format!("error[{code}]")), "{case}: {said}");
+        assert!(said.contains("  try   "), "{case} says no next step: {said}");
+    }
+    let config = scratch.path().join("bad.toml");
+    fs::write(&config, "[cache]\nsizee = \"1GiB\"\n").unwrap();
+    let (exit, said) = up(&cluster, &format!("up {dir_s} --state {state_s} --config {}", config.display()));
+    assert_eq!(exit, 2, "{said}");
+    assert!(said.contains("E0116") && said.contains("size") && said.contains('2'), "{said}");
+
+    assert_eq!(fs::read_to_string(cluster.mnt(1).join("kept")).unwrap(), "kept");
+    // The good token is still good: none of the above used it up.
+    let joined = cluster.script(&["add"]);
+    assert!(joined.contains("joined"), "{joined}");
+}
+
+#[test]
+fn a_used_token_and_a_foreign_cluster_are_refused() {
+    let cluster = Cluster::start("tokens", 1);
+    let token = cluster.json(1, &["token"])["token"].as_str().unwrap().to_owned();
+    let own = cluster.json(1, &["status"])["servers"][0]["addresses"][0].as_str().unwrap().to_owned();
+    let host = own.rsplit_once(':').unwrap().0;
+    let scratch = tempfile::tempdir_in("/var/tmp").unwrap();
+    let place = |name: &str| {
+        let dir = scratch.path().join(name);
+        fs::create_dir_all(dir.join("mnt")).unwrap();
+        format!("up {0}/mnt --state {0}/state --name {name} --cache-size 64MiB", dir.display())
+    };
+    let (exit, said) = up(&cluster, &format!("{} --listen {host}:7501 --join {token}", place("one")));
+    assert_eq!(exit, 0, "{said}");
+    let (exit, said) = up(&cluster, &format!("{} --listen {host}:7502 --join {token}", place("two")));
+    assert_ne!(exit, 0, "{said}");
+    assert!(said.contains("E0109") || said.contains("E0107"), "{said}");
+
+    let (exit, said) = up(&cluster, &format!("{} --listen {host}:7503", place("lone")));
+    assert_eq!(exit, 0, "{said}");
+    let (exit, said) = up(&cluster, &format!("--state {0}/lone/state down && {CTFS} {1} --listen {host}:7503 --join {token}", scratch.path().display(), place("lone")));
+    assert_ne!(exit, 0, "{said}");
+    assert!(said.contains("E0106"), "{said}");
+    for name in ["one", "lone"] {
+        let (_, said) = up(&cluster, &format!("--state {}/{name}/state down", scratch.path().display()));
+        assert!(!said.contains("error[E01") || said.contains("E0117"), "{said}");
+    }
+}
+
+#[test]
+fn a_second_up_says_already_up() {
+    let cluster = Cluster::start("again", 1);
+    let again = cluster.command_start(1);
+    assert!(again.contains("already up"), "{again}");
+}
+
+#[test]
+fn without_a_daemon_status_says_so_and_exits_with_3() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let output = Command::new(CTFS).arg("--state").arg(dir.path()).arg("status").output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("E0117"));
+}

@@ -1,0 +1,31 @@
+//! Programs people run.
+
+use crate::support::Cluster;
+
+#[test]
+fn sqlite_git_and_fio_run_on_the_mount() {
+    let cluster = Cluster::start("programs", 3);
+    let count = cluster.sh(
+        1,
+        r#"cd /; db=$MNT/data.sqlite
+        timeout 60 sqlite3 "$db" 'pragma journal_mode=delete; create table t(id integer primary key, text); '
+        for i in 1 2 3; do timeout 60 sqlite3 "$db" "begin; with recursive n(i) as (select 1 union all select i+1 from n where i<500) insert into t(text) select hex(randomblob(100)) from n; commit"; done
+        timeout 60 sqlite3 "$db" 'pragma integrity_check; select count(*) from t'"#,
+    );
+    assert!(count.ends_with("ok\n1500\n"), "{count}");
+    let elsewhere = cluster.sh(2, r#"timeout 60 sqlite3 "$MNT/data.sqlite" 'pragma integrity_check; select count(*) from t'"#);
+    assert_eq!(elsewhere, "ok\n1500\n");
+
+    let source = tempfile::tempdir_in("/var/tmp").unwrap();
+    cluster.sh(1, &format!(
+        r#"cd {source}; git init -q origin; cd origin; git config user.email t@example.com; git config user.name t
+        for i in $(seq 60); do echo "file $i" > f$i; done; git add .; git commit -qm one; echo more >> f1; git commit -qam two
+        git clone -q {source}/origin "$MNT/clone"; git -C "$MNT/clone" fsck --strict --no-progress; git -C "$MNT/clone" log --oneline | wc -l"#,
+        source = source.path().display()
+    ));
+    let status = cluster.sh(3, r#"git config --global --add safe.directory '*'; git -C "$MNT/clone" status --porcelain; git -C "$MNT/clone" log --oneline | wc -l"#);
+    assert_eq!(status.trim(), "2");
+
+    cluster.sh(1, r#"mkdir $MNT/fio; timeout 100 fio --name=mixed --directory=$MNT/fio --rw=randrw --bs=4k --size=8M --numjobs=2 --verify=crc32c --verify_fatal=1 --fsync=64 --group_reporting --output=/dev/null"#);
+    cluster.sh(1, r#"timeout 100 fio --name=mmap --directory=$MNT/fio --ioengine=mmap --rw=randwrite --bs=4k --size=4M --verify=crc32c --verify_fatal=1 --output=/dev/null"#);
+}
