@@ -3,12 +3,14 @@
 //! A chunk is up to 8 MiB of a file's bytes, named by their BLAKE3 hash and never changed. This
 //! crate keeps chunks on this server's disk ([`store`]), says which servers should hold each
 //! ([`placement`]), and reads and writes them across the cluster ([`replicated`]) over whatever
-//! network implements [`ChunkPeers`]. It knows nothing of files or metadata.
+//! network implements [`ChunkPeers`]. [`tier`] caches bytes of files by inode. Nothing here knows
+//! metadata.
 
 mod compress;
 pub mod placement;
 pub mod replicated;
 pub mod store;
+pub mod tier;
 pub mod wire;
 
 pub use placement::{Placement, Server, Standing};
@@ -19,3 +21,4 @@ pub use replicated::{
 pub use store::{
     ChunkStore, Clock, Compacted, Deleted, MonotonicClock, Scrubbed, StoreCounts, StoreError, StoreSettings, Usage,
 };
+pub use tier::{CacheTier, TierError, TierSettings, TierUsage};
