@@ -4,11 +4,21 @@
 //! commands; bytes go through [`content`]. Nothing here knows FUSE, sockets or disks: those come
 //! in as [`Metadata`] and [`ChunkAccess`], so a test can run all of it in memory.
 //!
-//! Reading order: [`access`] (what is needed from outside), [`error`] and [`errno`] (how it fails).
+//! Reading order: [`access`] (what is needed from outside), [`error`] and [`errno`] (how it fails),
+//! [`vfs`] (the operations), [`content`] (bytes), [`handles`] and [`waiters`] (what is open, who waits).
 
 pub mod access;
+pub mod caller;
+pub mod content;
 pub mod errno;
 pub mod error;
+pub mod handles;
+pub mod vfs;
+pub mod waiters;
 
 pub use access::{ChunkAccess, Metadata, SpaceReport};
+pub use caller::Caller;
+pub use content::{Content, ContentSettings};
 pub use error::FsError;
+pub use handles::{HandleId, OpenMode};
+pub use vfs::{DirItem, KernelCache, LockRequest, Opened, SetAttrRequest, SetTime, Statfs, Vfs, VfsSettings};

@@ -1,0 +1,284 @@
+//! Every operation the kernel can ask of the file system.
+//!
+//! An operation that reads takes the local replica's lock for a moment; one that changes something
+//! proposes a command and answers with its verdict. [`Vfs::read`](Vfs) keeps the one rule of
+//! reading: under a lease, checked again afterwards, or after a barrier.
+//!
+//! The operations by topic: [`names`], [`attrs`], [`xattrs`], [`files`], [`locks`].
+
+mod attrs;
+mod files;
+mod locks;
+mod names;
+mod xattrs;
+
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::Duration,
+};
+
+use ctfs_chunk::CacheTier;
+use ctfs_meta::{Change, Namespace, Reply, Totals};
+use ctfs_types::{Attr, Ino};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+pub use files::Opened;
+pub use names::{DirItem, SetTime};
+pub use attrs::SetAttrRequest;
+pub use locks::LockRequest;
+
+use crate::{
+    ChunkAccess, Content, ContentSettings, FsError, Metadata, SpaceReport, caller,
+    handles::Handles,
+    waiters::LockWaiters,
+};
+
+/// How long the kernel may keep names and attributes without asking while the lease holds. The
+/// lease itself is 3 s, of which 2 s are used; one second leaves room for a reply that is late.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long `statfs` waits for the replica's lock before it answers from memory.
+const STATFS_PATIENCE: Duration = Duration::from_millis(50);
+/// Inodes whose page-cache version we remember; past it we forget all, which costs re-reads only.
+const PAGE_VERSIONS_MAX: usize = 1 << 18;
+
+/// Numbers that bound this server's tables.
+#[derive(Debug, Clone)]
+pub struct VfsSettings {
+    pub content: ContentSettings,
+    /// Open files and directories; a few hundred bytes each.
+    pub handles_max: usize,
+    /// Threads that may wait for locks at the same time.
+    pub lock_waiters_max: usize,
+    /// How often a thread waiting for a lock is looked at for signals.
+    pub interrupt_check: Duration,
+    /// Whether a thread shall stop waiting; tests put their own here.
+    pub interrupted: fn(u32) -> bool,
+}
+
+impl Default for VfsSettings {
+    fn default() -> Self {
+        Self {
+            content: ContentSettings::default(),
+            handles_max: 1 << 20,
+            lock_waiters_max: 4096,
+            interrupt_check: Duration::from_millis(50),
+            interrupted: caller::interrupted,
+        }
+    }
+}
+
+/// The kernel's caches, told about changes that its own requests did not show it.
+pub trait KernelCache: Send + Sync + 'static {
+    /// Drops what the kernel keeps of the changed things, soon. Never blocks.
+    fn invalidate(&self, changes: Vec<Change>);
+}
+
+/// The file system as one server offers it.
+pub struct Vfs {
+    meta: Arc<dyn Metadata>,
+    chunks: Arc<dyn ChunkAccess>,
+    content: Content,
+    settings: VfsSettings,
+    handles: Handles,
+    waiters: LockWaiters,
+    /// `data_version` up to which the kernel's pages of an inode are good.
+    page_versions: Mutex<HashMap<Ino, u64>>,
+    /// What `statfs` last saw, for when the replica is busy.
+    last_totals: Mutex<Totals>,
+    kernel: Mutex<Option<Arc<dyn KernelCache>>>,
+    /// Counts mounts that ended; a wait for a lock belongs to one.
+    connection: watch::Sender<u64>,
+}
+
+/// What `df` shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Statfs {
+    pub space: SpaceReport,
+    /// Inodes in use.
+    pub files_used: u64,
+    /// Bytes of file content that are not holes.
+    pub bytes_used: u64,
+}
+
+impl Vfs {
+    pub fn new(
+        meta: Arc<dyn Metadata>,
+        chunks: Arc<dyn ChunkAccess>,
+        tier: CacheTier,
+        settings: VfsSettings,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            content: Content::new(meta.clone(), chunks.clone(), tier, settings.content.clone()),
+            handles: Handles::new(settings.handles_max),
+            waiters: LockWaiters::new(settings.lock_waiters_max),
+            page_versions: Mutex::default(),
+            last_totals: Mutex::default(),
+            kernel: Mutex::new(None),
+            connection: watch::Sender::new(0),
+            meta,
+            chunks,
+            settings,
+        })
+    }
+
+    pub fn content(&self) -> &Content {
+        &self.content
+    }
+
+    /// How long the kernel may keep a name or attribute answered now.
+    pub fn cache_timeout(&self) -> Duration {
+        if self.meta.leased() { CACHE_TIMEOUT } else { Duration::ZERO }
+    }
+
+    /// Tells everybody here what an applied entry changed: cache tier, lock waiters, handles.
+    /// Quick; never blocks. The kernel is told by its notifier, not from here.
+    pub fn changed(&self, changes: &[Change]) {
+        for change in changes {
+            self.content.changed(change);
+            match change {
+                Change::LocksFreed { ino } => self.waiters.freed(*ino),
+                Change::Reaped { ino } => {
+                    self.handles.reaped(*ino);
+                    self.page_versions.lock().remove(ino);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The whole replica was replaced; whoever waits looks again.
+    pub fn replaced(&self) {
+        self.distrust_pages();
+        self.waiters.wake_all();
+    }
+
+    /// The kernel may keep pages that are old: the next open of each file drops them.
+    pub fn distrust_pages(&self) {
+        self.page_versions.lock().clear();
+    }
+
+    /// For each inode whether a program here has it open. One that is not can never be opened here
+    /// again: opening and this question share one latch.
+    pub fn open_orphans(&self, inos: &[Ino]) -> Vec<bool> {
+        self.handles.open_orphans(inos)
+    }
+
+    /// Open files and directories on this server.
+    pub fn open_handles(&self) -> usize {
+        self.handles.count()
+    }
+
+    /// Where to send invalidations that no request of the kernel's own implies.
+    pub fn set_kernel(&self, kernel: Option<Arc<dyn KernelCache>>) {
+        *self.kernel.lock() = kernel;
+    }
+
+    /// Makes every write so far durable.
+    ///
+    /// # Errors
+    /// The first inode's failure; the others were tried nevertheless.
+    pub async fn flush_all(&self) -> Result<(), FsError> {
+        self.content.flush_all().await
+    }
+
+    /// The kernel is gone: ends every wait for a lock, closes what it left open.
+    pub async fn disconnect(&self) {
+        self.connection.send_modify(|connection| *connection += 1);
+        for handle in self.handles.all() {
+            self.close(handle).await;
+        }
+        self.distrust_pages();
+    }
+
+    /// Space and inodes, from this server's own state: never waits for the network, and for the
+    /// replica's lock at most 50 ms.
+    pub fn statfs(&self) -> Statfs {
+        let fresh = self.meta.replica().try_read_for(STATFS_PATIENCE).and_then(|ns| ns.totals(Ino::ROOT).ok().flatten());
+        let totals = match fresh {
+            Some(totals) => {
+                *self.last_totals.lock() = totals;
+                totals
+            }
+            None => *self.last_totals.lock(),
+        };
+        Statfs {
+            space: self.chunks.free(),
+            files_used: totals.files + totals.directories + 1,
+            bytes_used: totals.allocated,
+        }
+    }
+
+    /// Reads the replica so that the answer is the truth of some moment during the call.
+    ///
+    /// The lease is looked at again after reading: a pause in between may have ended it.
+    async fn read<T>(&self, look: impl Fn(&Namespace) -> Result<T, FsError>) -> Result<T, FsError> {
+        if self.meta.leased() {
+            let seen = look(&self.meta.replica().read());
+            if self.meta.leased() {
+                return seen;
+            }
+        }
+        self.meta.barrier().await?;
+        look(&self.meta.replica().read())
+    }
+
+    /// Attributes as programs see them: the committed ones, with unflushed writes on top.
+    fn shown(&self, mut attr: Attr) -> Attr {
+        self.content.overlay(&mut attr);
+        attr
+    }
+
+    fn attr_of(ns: &Namespace, ino: Ino) -> Result<Attr, FsError> {
+        ns.attr(ino)?.ok_or(FsError::Stale(ino))
+    }
+
+    /// Tells the kernel to drop what it keeps, if one is attached. Never blocks.
+    pub fn invalidate(&self, changes: Vec<Change>) {
+        if let Some(kernel) = self.kernel.lock().clone() {
+            kernel.invalidate(changes);
+        }
+    }
+
+    /// Remembers up to which version the kernel's pages of `ino` are good. Changes made elsewhere
+    /// are invalidated as they are applied, so at any moment they are good for the present version.
+    fn pages_are_current(&self, ino: Ino) {
+        if !self.meta.leased() {
+            // Behind on changes, and so on invalidations: what is applied next may not be told yet.
+            self.page_versions.lock().remove(&ino);
+            return;
+        }
+        let version = match self.meta.replica().read().attr(ino) {
+            Ok(Some(attr)) => attr.data_version,
+            _ => return,
+        };
+        let mut versions = self.page_versions.lock();
+        if versions.len() >= PAGE_VERSIONS_MAX {
+            versions.clear();
+        }
+        versions.insert(ino, version);
+    }
+
+    fn knows_pages(&self, ino: Ino, data_version: u64) -> bool {
+        self.page_versions.lock().get(&ino) == Some(&data_version)
+    }
+
+    fn now() -> ctfs_types::Timestamp {
+        std::time::SystemTime::now().into()
+    }
+}
+
+/// A reply of another kind than the command has: the replica is not what this code was built for.
+fn unexpected(reply: &Reply) -> FsError {
+    tracing::error!(?reply, "a command was answered with another command's reply");
+    FsError::Store("unexpected reply".into())
+}
+
+fn entry(reply: Reply) -> Result<Attr, FsError> {
+    match reply {
+        Reply::Entry { attr, .. } | Reply::Attr(attr) => Ok(attr),
+        other => Err(unexpected(&other)),
+    }
+}

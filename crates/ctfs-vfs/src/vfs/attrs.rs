@@ -1,0 +1,77 @@
+//! Attributes: stat, chmod, chown, truncate, utimensat.
+//!
+//! The kernel checks permissions (`default_permissions`). What it leaves to us, because we ask for
+//! `FUSE_HANDLE_KILLPRIV_V2`, is taking setuid, setgid and `security.capability` away when a file
+//! is changed by somebody who could not have set them.
+
+use ctfs_meta::{MetaError, Op, SetAttr};
+use ctfs_types::{Attr, FileKind, Ino};
+
+use super::{SetTime, Vfs, entry};
+use crate::{FsError, caller::Caller};
+
+/// What `setattr` shall change; `None` leaves a field alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SetAttrRequest {
+    /// Permission bits, or a whole `st_mode`.
+    pub mode: Option<u32>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    pub size: Option<u64>,
+    pub atime: Option<SetTime>,
+    pub mtime: Option<SetTime>,
+}
+
+impl Vfs {
+    pub async fn getattr(&self, ino: Ino) -> Result<Attr, FsError> {
+        if ino == Ino::ROOT {
+            // `stat` of the mountpoint must answer whatever the cluster does.
+            let attr = Self::attr_of(&self.meta.replica().read(), ino)?;
+            return Ok(self.shown(attr));
+        }
+        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        Ok(self.shown(attr))
+    }
+
+    /// Changes attributes in one step and answers all of them as they are now.
+    ///
+    /// # Errors
+    /// EFBIG over the largest size; EINVAL or EISDIR for truncating what is no file.
+    pub async fn setattr(&self, caller: Caller, ino: Ino, request: SetAttrRequest) -> Result<Attr, FsError> {
+        let before = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let now = Self::now();
+        let time = |time: Option<SetTime>| {
+            time.map(|time| match time {
+                SetTime::Now => now,
+                SetTime::At(at) => at,
+            })
+        };
+        let mode = request.mode.map(|mode| (mode & 0o7777) as u16);
+        // An empty request is chown(-1, -1), which clears the bits all the same.
+        let is_chown = request.uid.is_some() || request.gid.is_some() || request == SetAttrRequest::default();
+        let truncates_unprivileged = request.size.is_some() && caller.uid != 0;
+        let set = SetAttr {
+            mode,
+            uid: request.uid,
+            gid: request.gid,
+            size: request.size,
+            atime: time(request.atime),
+            mtime: time(request.mtime),
+            drop_privileges: before.kind != FileKind::Directory && (is_chown || truncates_unprivileged),
+            drop_setgid: match mode {
+                Some(mode) if u32::from(mode) & libc::S_ISGID != 0 => {
+                    !caller.keeps_setgid(request.gid.unwrap_or(before.gid))
+                }
+                _ => false,
+            },
+        };
+        let attr = match before.kind {
+            // All of a file's attributes: what is pending of earlier writes must not undo them.
+            FileKind::File => self.content.truncate(ino, set).await?,
+            FileKind::Directory if set.size.is_some() => return Err(MetaError::IsDirectory(ino).into()),
+            _ if set.size.is_some() => return Err(MetaError::WrongKind(ino).into()),
+            _ => entry(self.meta.propose(Op::SetAttr { ino, set }).await?)?,
+        };
+        Ok(self.shown(attr))
+    }
+}

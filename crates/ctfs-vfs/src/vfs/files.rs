@@ -1,0 +1,214 @@
+//! Files: open, read, write, fsync, close, and what else is done to bytes.
+
+use bytes::Bytes;
+use ctfs_meta::{Change, MetaError, NewContent, SetAttr};
+use ctfs_types::{Attr, FileKind, Ino};
+
+use super::Vfs;
+use crate::{
+    FsError,
+    caller::Caller,
+    handles::{HandleId, OpenMode},
+};
+
+/// A handle, and what the kernel may do with its cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Opened {
+    pub handle: HandleId,
+    /// The pages the kernel has from earlier are still good.
+    pub keep_cache: bool,
+    /// Reads and writes shall bypass the kernel's page cache.
+    pub direct: bool,
+}
+
+impl Vfs {
+    /// Opens a file. `O_TRUNC` empties it before the answer.
+    ///
+    /// # Errors
+    /// - [`FsError::Stale`]: gone, or without a name and not open here; the kernel walks the path again.
+    /// - EISDIR, or EINVAL for what is neither file nor directory.
+    pub async fn open(&self, caller: Caller, ino: Ino, flags: i32) -> Result<Opened, FsError> {
+        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        match attr.kind {
+            FileKind::File => {}
+            FileKind::Directory => return Err(MetaError::IsDirectory(ino).into()),
+            _ => return Err(MetaError::WrongKind(ino).into()),
+        }
+        let mode = OpenMode::from_flags(flags);
+        let handle = self.open_handle(ino, mode)?;
+        if flags & libc::O_TRUNC != 0 {
+            let set = SetAttr { size: Some(0), drop_privileges: caller.uid != 0, ..SetAttr::default() };
+            if let Err(error) = self.content.truncate(ino, set).await {
+                self.close(handle).await;
+                return Err(error);
+            }
+        }
+        let keep_cache = flags & libc::O_TRUNC == 0 && self.knows_pages(ino, attr.data_version);
+        if !keep_cache {
+            self.pages_are_current(ino);
+        }
+        Ok(Opened { handle, keep_cache, direct: wants_direct(mode) })
+    }
+
+    /// Makes a file and opens it.
+    ///
+    /// # Errors
+    /// EEXIST with `O_EXCL`. Without it, [`FsError::Stale`] for a name that somebody made since the
+    /// kernel looked: it looks again and opens what is there, with the rights that takes.
+    pub async fn create(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        umask: u32,
+        flags: i32,
+    ) -> Result<(Attr, Opened), FsError> {
+        let attr = match self.make(caller, parent, name, NewContent::File, mode, umask).await {
+            Err(FsError::Meta(MetaError::Exists { parent, .. })) if flags & libc::O_EXCL == 0 => {
+                return Err(FsError::Stale(parent));
+            }
+            made => made?,
+        };
+        let open = OpenMode::from_flags(flags);
+        let handle = self.open_handle(attr.ino, open)?;
+        Ok((attr, Opened { handle, keep_cache: false, direct: wants_direct(open) }))
+    }
+
+    fn open_handle(&self, ino: Ino, mode: OpenMode) -> Result<HandleId, FsError> {
+        let links = || Ok(self.meta.replica().read().attr(ino)?.map(|attr| attr.nlink));
+        let handle = self.handles.open(ino, mode, links)?;
+        self.content.opened(ino);
+        Ok(handle)
+    }
+
+    /// Reads up to `len` bytes at `offset`; shorter only at the end of the file.
+    pub async fn read_file(&self, ino: Ino, handle: HandleId, offset: u64, len: u32) -> Result<Bytes, FsError> {
+        // The mode is not checked: the kernel fills pages through any handle of the inode, also one
+        // that was opened for writing only.
+        self.handles.mode(handle, ino)?;
+        self.content.read(ino, offset, len).await
+    }
+
+    /// Writes all of `data` and answers its length. `drop_privileges`: the kernel says that the
+    /// writer may not keep setuid and setgid bits. `from_cache`: these are pages of a mapping that
+    /// the kernel writes back, so the offset holds whatever the handle was opened for.
+    ///
+    /// # Errors
+    /// [`FsError::CacheFull`] or [`FsError::NoSpace`] (ENOSPC), [`FsError::TooBig`] (EFBIG).
+    #[allow(clippy::too_many_arguments)] // As many as the kernel's request has.
+    pub async fn write(
+        &self,
+        caller: Caller,
+        ino: Ino,
+        handle: HandleId,
+        offset: u64,
+        data: Bytes,
+        drop_privileges: bool,
+        from_cache: bool,
+    ) -> Result<u32, FsError> {
+        let mode = self.handles.mode(handle, ino)?;
+        if !mode.write {
+            return Err(FsError::WrongMode);
+        }
+        let drop_privileges = drop_privileges || caller.uid != 0;
+        if from_cache || !mode.append {
+            return self.content.write(ino, offset, data, drop_privileges).await;
+        }
+        let len = data.len() as u64;
+        let written_at = self.content.append(ino, data, drop_privileges).await?;
+        if written_at != offset {
+            // Somebody else appended since the kernel looked at the size: its pages hold our bytes
+            // where they are not.
+            self.invalidate(vec![Change::Data { ino, offset: offset.min(written_at), len: u64::MAX }]);
+        }
+        Ok(len as u32)
+    }
+
+    /// One descriptor of the handle was closed: everything written is durable when this answers, so
+    /// that whoever opens the file next, anywhere, sees it. Drops the process's record locks.
+    ///
+    /// # Errors
+    /// What this handle has not been told yet of lost writes, once.
+    pub async fn flush(&self, ino: Ino, handle: HandleId, owner: u64) -> Result<(), FsError> {
+        let mode = self.handles.mode(handle, ino)?;
+        let written = if mode.write { self.write_back(ino, handle).await } else { Ok(()) };
+        // Also after a failure: the descriptor is closed whatever we say.
+        let unlocked = self.drop_locks_of(ino, owner).await;
+        written.and(unlocked)
+    }
+
+    /// # Errors
+    /// As [`Self::flush`].
+    pub async fn fsync(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
+        self.handles.mode(handle, ino)?;
+        self.write_back(ino, handle).await
+    }
+
+    async fn write_back(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
+        let flushed = self.content.flush(ino).await;
+        if let Some(lost) = self.content.take_error(ino) {
+            self.handles.spread_error(ino, &lost);
+        }
+        match self.handles.take_error(handle) {
+            Some(lost) => Err(lost),
+            None => flushed,
+        }
+    }
+
+    /// The last descriptor and mapping of the handle are gone. Drops the locks it leaves behind.
+    pub async fn release(&self, handle: HandleId) {
+        self.close(handle).await;
+    }
+
+    pub(super) async fn close(&self, handle: HandleId) {
+        let Some((ino, mode, lock_owners)) = self.handles.close(handle) else { return };
+        self.pages_are_current(ino);
+        if mode.write {
+            // Stores through a mapping can arrive after the last close; nobody is left to be told.
+            if let Err(error) = self.content.flush(ino).await {
+                tracing::warn!(%ino, %error, "write back after the last close");
+            }
+        }
+        self.content.closed(ino);
+        self.drop_left_locks(ino, lock_owners).await;
+    }
+
+    /// `mode` as fallocate(2) takes it.
+    pub async fn fallocate(&self, ino: Ino, handle: HandleId, offset: u64, len: u64, mode: i32) -> Result<(), FsError> {
+        if !self.handles.mode(handle, ino)?.write {
+            return Err(FsError::WrongMode);
+        }
+        self.content.allocate(ino, mode, offset, len).await
+    }
+
+    /// `SEEK_DATA` and `SEEK_HOLE`; the kernel does the others itself.
+    ///
+    /// # Errors
+    /// [`FsError::PastEnd`] (ENXIO).
+    pub async fn lseek(&self, ino: Ino, handle: HandleId, offset: u64, whence: i32) -> Result<u64, FsError> {
+        self.handles.mode(handle, ino)?;
+        self.content.seek(ino, offset, whence).await
+    }
+
+    /// Copies up to `len` bytes, sharing whole cells where both ranges allow it. Answers how many.
+    pub async fn copy_file_range(
+        &self,
+        from: (Ino, HandleId, u64),
+        to: (Ino, HandleId, u64),
+        len: u64,
+    ) -> Result<u64, FsError> {
+        let ((source, source_handle, source_offset), (target, target_handle, target_offset)) = (from, to);
+        self.handles.mode(source_handle, source)?;
+        if !self.handles.mode(target_handle, target)?.write {
+            return Err(FsError::WrongMode);
+        }
+        self.content.copy(source, source_offset, target, target_offset, len).await
+    }
+}
+
+/// A handle that only appends cannot be mapped, and the kernel's idea of where the end is may be
+/// old. Without pages there is nothing that could hold its bytes in the wrong place.
+fn wants_direct(mode: OpenMode) -> bool {
+    mode.append && !mode.read
+}

@@ -1,0 +1,221 @@
+//! Directories: looking up, making, removing, moving and listing names.
+
+use ctfs_meta::{MetaError, NewContent, NewNode, Op, RenameMode};
+use ctfs_types::{Attr, FileKind, FileName, Ino, Timestamp};
+
+use super::{Vfs, entry};
+use crate::{
+    FsError,
+    caller::Caller,
+    handles::{HandleId, OpenMode},
+};
+
+/// A time as utimensat(2) takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SetTime {
+    Now,
+    At(Timestamp),
+}
+
+/// One line of a directory listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirItem {
+    /// `.`, `..` or an entry's name.
+    pub name: Vec<u8>,
+    pub ino: Ino,
+    pub kind: FileKind,
+    /// Where the listing goes on after this line.
+    pub next: u64,
+    /// Present if asked for, except of an entry that vanished meanwhile.
+    pub attr: Option<Attr>,
+}
+
+/// Offsets below this are `.` and `..`; an entry's is its cookie plus this.
+const COOKIE_BASE: u64 = 2;
+
+impl Vfs {
+    /// The attributes of what `name` in `parent` leads to.
+    ///
+    /// # Errors
+    /// [`MetaError::NoSuchEntry`] (ENOENT), [`MetaError::NotDirectory`] (ENOTDIR).
+    pub async fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr, FsError> {
+        let name = FileName::new(name)?;
+        let attr = self
+            .read(|ns| {
+                let Some(ino) = ns.lookup(parent, &name)? else {
+                    // Only now is it worth asking why.
+                    return match ns.attr(parent)? {
+                        None => Err(FsError::Stale(parent)),
+                        Some(dir) if dir.kind != FileKind::Directory => Err(MetaError::NotDirectory(parent).into()),
+                        Some(_) => Err(MetaError::NoSuchEntry { parent, name: name.clone() }.into()),
+                    };
+                };
+                Self::attr_of(ns, ino)
+            })
+            .await?;
+        Ok(self.shown(attr))
+    }
+
+    /// # Errors
+    /// EINVAL when `ino` is no symlink.
+    pub async fn readlink(&self, ino: Ino) -> Result<Vec<u8>, FsError> {
+        self.read(|ns| match ns.readlink(ino)? {
+            Some(target) => Ok(target),
+            None => Err(Self::attr_of(ns, ino).map_or_else(|gone| gone, |_| MetaError::WrongKind(ino).into())),
+        })
+        .await
+    }
+
+    /// Makes anything but a directory or symlink. `mode` is a whole `st_mode`; the parent's
+    /// default ACL, or else `umask`, is applied by the namespace.
+    pub async fn mknod(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        umask: u32,
+        rdev: u64,
+    ) -> Result<Attr, FsError> {
+        let content = match mode & libc::S_IFMT {
+            0 | libc::S_IFREG => NewContent::File,
+            libc::S_IFIFO => NewContent::Fifo,
+            libc::S_IFSOCK => NewContent::Socket,
+            libc::S_IFCHR => NewContent::CharDevice { rdev },
+            libc::S_IFBLK => NewContent::BlockDevice { rdev },
+            _ => return Err(FsError::Invalid("file type of mknod")),
+        };
+        self.make(caller, parent, name, content, mode, umask).await
+    }
+
+    pub async fn mkdir(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        umask: u32,
+    ) -> Result<Attr, FsError> {
+        self.make(caller, parent, name, NewContent::Directory, mode, umask).await
+    }
+
+    pub async fn symlink(&self, caller: Caller, parent: Ino, name: &[u8], target: &[u8]) -> Result<Attr, FsError> {
+        let content = NewContent::Symlink { target: target.to_vec() };
+        self.make(caller, parent, name, content, 0o777, 0).await
+    }
+
+    pub(super) async fn make(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        content: NewContent,
+        mode: u32,
+        umask: u32,
+    ) -> Result<Attr, FsError> {
+        let name = FileName::new(name)?;
+        let node = NewNode {
+            content,
+            mode: (mode & 0o7777) as u16,
+            umask: (umask & 0o777) as u16,
+            uid: caller.uid,
+            gid: caller.gid,
+            // Always: the kernel has checked the rights to make a file here, not those to open one
+            // that somebody else made a moment ago.
+            exclusive: true,
+        };
+        let reply = self.meta.propose(Op::Make { parent, name, node }).await?;
+        entry(reply).map(|attr| self.shown(attr))
+    }
+
+    pub async fn link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr, FsError> {
+        let name = FileName::new(name)?;
+        let reply = self.meta.propose(Op::Link { ino, parent, name }).await?;
+        entry(reply).map(|attr| self.shown(attr))
+    }
+
+    pub async fn unlink(&self, parent: Ino, name: &[u8]) -> Result<(), FsError> {
+        let name = FileName::new(name)?;
+        self.meta.propose(Op::Unlink { parent, name }).await.map(drop)
+    }
+
+    pub async fn rmdir(&self, parent: Ino, name: &[u8]) -> Result<(), FsError> {
+        let name = FileName::new(name)?;
+        self.meta.propose(Op::Rmdir { parent, name }).await.map(drop)
+    }
+
+    /// `flags` as renameat2(2) takes them.
+    ///
+    /// # Errors
+    /// [`FsError::Invalid`]: `RENAME_WHITEOUT`, which is for overlay file systems' upper layers, or
+    /// flags that exclude each other.
+    pub async fn rename(&self, from: Ino, name: &[u8], to: Ino, new_name: &[u8], flags: u32) -> Result<(), FsError> {
+        let mode = match flags {
+            0 => RenameMode::Replace,
+            libc::RENAME_NOREPLACE => RenameMode::NoReplace,
+            libc::RENAME_EXCHANGE => RenameMode::Exchange,
+            _ => return Err(FsError::Invalid("flags of rename")),
+        };
+        let (name, new_name) = (FileName::new(name)?, FileName::new(new_name)?);
+        self.meta.propose(Op::Rename { from, name, to, new_name, mode }).await.map(drop)
+    }
+
+    /// # Errors
+    /// ENOTDIR, ESTALE.
+    pub async fn opendir(&self, ino: Ino) -> Result<HandleId, FsError> {
+        let kind = self.read(|ns| Self::attr_of(ns, ino).map(|attr| attr.kind)).await?;
+        if kind != FileKind::Directory {
+            return Err(MetaError::NotDirectory(ino).into());
+        }
+        self.handles.open(ino, OpenMode::DIRECTORY, || Ok(self.meta.replica().read().attr(ino)?.map(|attr| attr.nlink)))
+    }
+
+    /// Up to `limit` lines from `offset` on (0 starts); fewer only at the end.
+    ///
+    /// An entry keeps its offset as long as it lives, so a program that makes or removes entries
+    /// while it lists sees every other entry exactly once.
+    pub async fn readdir(&self, dir: Ino, offset: u64, limit: usize, with_attrs: bool) -> Result<Vec<DirItem>, FsError> {
+        let mut items = self
+            .read(|ns| {
+                let own = Self::attr_of(ns, dir)?;
+                if own.kind != FileKind::Directory {
+                    return Err(MetaError::NotDirectory(dir).into());
+                }
+                let mut items = Vec::with_capacity(limit.min(1024));
+                if offset == 0 {
+                    items.push(DirItem { name: b".".into(), ino: dir, kind: own.kind, next: 1, attr: None });
+                }
+                if offset <= 1 {
+                    let parent = ns.parent(dir)?.unwrap_or(dir);
+                    let kind = FileKind::Directory;
+                    items.push(DirItem { name: b"..".into(), ino: parent, kind, next: COOKIE_BASE, attr: None });
+                }
+                let room = limit.saturating_sub(items.len());
+                for found in ns.list(dir, offset.saturating_sub(COOKIE_BASE), room)? {
+                    let attr = if with_attrs { ns.attr(found.ino)? } else { None };
+                    let next = found.cookie.saturating_add(COOKIE_BASE);
+                    items.push(DirItem { name: found.name.into(), ino: found.ino, kind: found.kind, next, attr });
+                }
+                if with_attrs {
+                    for item in items.iter_mut().filter(|item| item.attr.is_none()) {
+                        item.attr = ns.attr(item.ino)?;
+                    }
+                }
+                Ok(items)
+            })
+            .await?;
+        for attr in items.iter_mut().filter_map(|item| item.attr.as_mut()) {
+            self.content.overlay(attr);
+        }
+        Ok(items)
+    }
+
+    pub async fn releasedir(&self, handle: HandleId) {
+        self.handles.close(handle);
+    }
+
+    /// Names are durable on a majority when their command is answered; nothing is left to do.
+    pub async fn fsyncdir(&self, dir: Ino, handle: HandleId) -> Result<(), FsError> {
+        self.handles.mode(handle, dir).map(drop)
+    }
+}

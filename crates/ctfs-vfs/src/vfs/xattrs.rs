@@ -1,0 +1,124 @@
+//! Extended attributes, access control lists among them.
+//!
+//! All namespaces of xattr(7) are stored alike. The kernel decides who may touch `user.*`,
+//! `security.*` and `trusted.*`; hiding `trusted.*` from listings is left to the file system.
+
+use ctfs_meta::{MetaError, Op, SetAttr, XattrMode};
+use ctfs_types::{FileKind, Ino};
+
+use super::Vfs;
+use crate::{FsError, caller::Caller};
+
+const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+const TRUSTED: &[u8] = b"trusted.";
+
+/// Whether names like this can be set by programs.
+fn is_stored(name: &[u8]) -> bool {
+    let in_namespace = |prefix: &[u8]| name.len() > prefix.len() && name.starts_with(prefix);
+    in_namespace(b"user.")
+        || in_namespace(TRUSTED)
+        || in_namespace(b"security.")
+        || name == ACL_ACCESS
+        || name == ACL_DEFAULT
+}
+
+impl Vfs {
+    /// The value of one attribute. `ctfs.files`, `ctfs.directories` and `ctfs.bytes` of a
+    /// directory answer its recursive counts in decimal; they are not listed.
+    ///
+    /// # Errors
+    /// ENODATA when there is none.
+    pub async fn getxattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<Vec<u8>, FsError> {
+        if name.starts_with(TRUSTED) && caller.uid != 0 {
+            return Err(MetaError::NoSuchXattr.into());
+        }
+        self.read(|ns| {
+            if let Some(counter) = name.strip_prefix(b"ctfs.") {
+                let totals = ns.totals(ino)?.ok_or(MetaError::NoSuchXattr)?;
+                let count = match counter {
+                    b"files" => totals.files,
+                    b"directories" => totals.directories,
+                    b"bytes" => totals.bytes,
+                    _ => return Err(MetaError::NoSuchXattr.into()),
+                };
+                return Ok(count.to_string().into_bytes());
+            }
+            match ns.xattr(ino, name)? {
+                Some(value) => Ok(value),
+                None => Err(Self::attr_of(ns, ino).map_or_else(|gone| gone, |_| MetaError::NoSuchXattr.into())),
+            }
+        })
+        .await
+    }
+
+    /// Names, each ended by NUL, as listxattr(2) wants them.
+    pub async fn listxattr(&self, caller: Caller, ino: Ino) -> Result<Vec<u8>, FsError> {
+        self.read(|ns| {
+            let names = ns.xattr_names(ino)?;
+            if names.is_empty() {
+                Self::attr_of(ns, ino)?;
+            }
+            let shown = names.iter().filter(|name| caller.uid == 0 || !name.starts_with(TRUSTED));
+            Ok(shown.flat_map(|name| name.iter().copied().chain([0])).collect())
+        })
+        .await
+    }
+
+    /// `flags`: 0, `XATTR_CREATE` or `XATTR_REPLACE`.
+    ///
+    /// # Errors
+    /// EEXIST, ENODATA as the flags ask; EOPNOTSUPP outside the known namespaces.
+    pub async fn setxattr(
+        &self,
+        caller: Caller,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        flags: i32,
+    ) -> Result<(), FsError> {
+        self.may_change(caller, name)?;
+        let mode = match flags {
+            0 => XattrMode::Set,
+            libc::XATTR_CREATE => XattrMode::Create,
+            libc::XATTR_REPLACE => XattrMode::Replace,
+            _ => return Err(FsError::Invalid("flags of setxattr")),
+        };
+        if name == ACL_ACCESS {
+            self.keep_setgid_honest(caller, ino).await?;
+        }
+        self.meta.propose(Op::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), mode }).await.map(drop)
+    }
+
+    /// # Errors
+    /// ENODATA when there is none.
+    pub async fn removexattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
+        self.may_change(caller, name)?;
+        self.meta.propose(Op::RemoveXattr { ino, name: name.to_vec() }).await.map(drop)
+    }
+
+    fn may_change(&self, caller: Caller, name: &[u8]) -> Result<(), FsError> {
+        if !is_stored(name) {
+            return Err(FsError::Unsupported("extended attribute namespace"));
+        }
+        // The kernel asks for CAP_SYS_ADMIN; this is the second lock on the same door.
+        if name.starts_with(TRUSTED) && caller.uid != 0 {
+            return Err(FsError::NotPermitted);
+        }
+        Ok(())
+    }
+
+    /// Setting an access ACL is a chmod: it clears setgid for whoever chmod(2) would clear it.
+    async fn keep_setgid_honest(&self, caller: Caller, ino: Ino) -> Result<(), FsError> {
+        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let setgid = libc::S_ISGID as u16;
+        if attr.mode & setgid == 0 || attr.kind == FileKind::Symlink || caller.keeps_setgid(attr.gid) {
+            return Ok(());
+        }
+        let set = SetAttr { mode: Some(attr.mode & !setgid), ..SetAttr::default() };
+        match attr.kind {
+            FileKind::File => self.content.truncate(ino, set).await.map(drop),
+            _ => self.meta.propose(Op::SetAttr { ino, set }).await.map(drop),
+        }
+    }
+}
