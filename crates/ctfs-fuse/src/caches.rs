@@ -1,0 +1,211 @@
+//! What the kernel was allowed to keep, and for how long the next answer may be kept.
+//!
+//! A reply that carries a timeout looks at [`Caches::permits`] and is written while it holds them;
+//! a change made elsewhere is marked under the same lock before the kernel is told. So a reply
+//! computed from the state before the change either reaches the kernel before the notice, which
+//! then takes it back, or carries no timeout.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use ctfs_types::Ino;
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+
+/// A directory in which another server changed a name within this time gets no entry timeout:
+/// then two servers busy in one directory need not wait for each other's kernels.
+const DIRECTORY_STAYS_HOT: Duration = Duration::from_secs(60);
+/// Attributes changed elsewhere within this time get no timeout: longer than a reply can be under
+/// way between reading the replica and being written.
+const INODE_STAYS_HOT: Duration = Duration::from_secs(10);
+/// Marks kept; past it everything counts as just changed, for a minute.
+const MARKS_MAX: usize = 65536;
+/// Spreads the lookup counts over this many locks.
+const SHARDS: usize = 16;
+
+#[derive(Debug, Default)]
+pub struct Caches {
+    marks: RwLock<Marks>,
+    /// Lookup counts of inodes the kernel knows (`nlookup` in fuse.h).
+    known: [Mutex<HashMap<Ino, u64>>; SHARDS],
+}
+
+#[derive(Debug, Default)]
+struct Marks {
+    directories: HashMap<Ino, Hot>,
+    inodes: HashMap<Ino, Instant>,
+    everything: Option<Hot>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Hot {
+    since: Instant,
+    last: Instant,
+}
+
+/// The right to write replies with timeouts; held while they are written, so never across a wait.
+#[derive(Debug)]
+pub struct Permits<'a> {
+    marks: RwLockReadGuard<'a, Marks>,
+    timeout: Duration,
+}
+
+impl Permits<'_> {
+    /// How long the kernel may keep what a name in `dir` leads to.
+    pub fn entry(&self, dir: Ino) -> Duration {
+        if self.timeout.is_zero() || self.marks.directory(dir, Instant::now()).is_some() {
+            Duration::ZERO
+        } else {
+            self.timeout
+        }
+    }
+
+    /// How long the kernel may keep the attributes of `ino`.
+    pub fn attr(&self, ino: Ino) -> Duration {
+        let now = Instant::now();
+        let changed = |at: &Instant| now.duration_since(*at) < INODE_STAYS_HOT;
+        if self.timeout.is_zero()
+            || self.marks.inodes.get(&ino).is_some_and(changed)
+            || self.marks.everything.is_some_and(|hot| changed(&hot.last))
+        {
+            Duration::ZERO
+        } else {
+            self.timeout
+        }
+    }
+}
+
+impl Marks {
+    /// Since when nothing in `dir` was given a timeout.
+    fn directory(&self, dir: Ino, now: Instant) -> Option<Instant> {
+        let hot = |hot: &Hot| now.duration_since(hot.last) < DIRECTORY_STAYS_HOT;
+        let own = self.directories.get(&dir).copied().filter(hot);
+        let all = self.everything.filter(hot);
+        own.into_iter().chain(all).map(|hot| hot.since).min()
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        if self.directories.len() >= MARKS_MAX {
+            self.directories.retain(|_, hot| now.duration_since(hot.last) < DIRECTORY_STAYS_HOT);
+        }
+        if self.inodes.len() >= MARKS_MAX {
+            self.inodes.retain(|_, at| now.duration_since(*at) < INODE_STAYS_HOT);
+        }
+        if self.directories.len() >= MARKS_MAX || self.inodes.len() >= MARKS_MAX {
+            self.directories.clear();
+            self.inodes.clear();
+            self.mark_everything(now);
+        }
+    }
+
+    fn mark_everything(&mut self, now: Instant) {
+        let still_hot = self.everything.filter(|hot| now.duration_since(hot.last) < DIRECTORY_STAYS_HOT);
+        let since = still_hot.map_or(now, |hot| hot.since);
+        self.everything = Some(Hot { since, last: now });
+    }
+}
+
+impl Caches {
+    /// `timeout` is what the lease allows at this moment.
+    pub fn permits(&self, timeout: Duration) -> Permits<'_> {
+        Permits { marks: self.marks.read(), timeout }
+    }
+
+    /// A name in `dir` changed elsewhere. Answers since when replies about `dir` carry no timeout.
+    pub fn mark_directory(&self, dir: Ino) -> Instant {
+        let now = Instant::now();
+        let mut marks = self.marks.write();
+        marks.make_room(now);
+        let since = marks.directory(dir, now).unwrap_or(now);
+        marks.directories.insert(dir, Hot { since, last: now });
+        since
+    }
+
+    /// Attributes or bytes of `ino` changed elsewhere.
+    pub fn mark_inode(&self, ino: Ino) {
+        let now = Instant::now();
+        let mut marks = self.marks.write();
+        marks.make_room(now);
+        marks.inodes.insert(ino, now);
+    }
+
+    pub fn mark_everything(&self) {
+        self.marks.write().mark_everything(Instant::now());
+    }
+
+    fn shard(&self, ino: Ino) -> &Mutex<HashMap<Ino, u64>> {
+        &self.known[ino.0 as usize % SHARDS]
+    }
+
+    /// The kernel is about to learn of `ino` once more.
+    pub fn looked_up(&self, ino: Ino) {
+        *self.shard(ino).lock().entry(ino).or_default() += 1;
+    }
+
+    /// The kernel forgot `lookups` of those.
+    pub fn forgotten(&self, ino: Ino, lookups: u64) {
+        let mut known = self.shard(ino).lock();
+        if let Some(count) = known.get_mut(&ino) {
+            *count = count.saturating_sub(lookups);
+            if *count == 0 {
+                known.remove(&ino);
+            }
+        }
+    }
+
+    pub fn is_known(&self, ino: Ino) -> bool {
+        ino == Ino::ROOT || self.shard(ino).lock().contains_key(&ino)
+    }
+
+    /// Every inode the kernel may keep something of.
+    pub fn known(&self) -> Vec<Ino> {
+        let shards = self.known.iter().flat_map(|shard| shard.lock().keys().copied().collect::<Vec<_>>());
+        std::iter::once(Ino::ROOT).chain(shards).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_directory_changed_elsewhere_gives_no_entry_timeout() {
+        let caches = Caches::default();
+        assert_eq!(caches.permits(SECOND).entry(Ino(5)), SECOND);
+        let since = caches.mark_directory(Ino(5));
+        assert_eq!(caches.permits(SECOND).entry(Ino(5)), Duration::ZERO);
+        assert_eq!(caches.permits(SECOND).entry(Ino(6)), SECOND);
+        assert_eq!(caches.mark_directory(Ino(5)), since, "it stays marked since the first change");
+    }
+
+    #[test]
+    fn without_a_lease_nothing_has_a_timeout() {
+        let caches = Caches::default();
+        let permits = caches.permits(Duration::ZERO);
+        assert_eq!((permits.entry(Ino(5)), permits.attr(Ino(5))), (Duration::ZERO, Duration::ZERO));
+    }
+
+    #[test]
+    fn too_many_marks_become_one_for_everything() {
+        let caches = Caches::default();
+        for ino in 0..=MARKS_MAX as u64 {
+            caches.mark_inode(Ino(ino));
+        }
+        let permits = caches.permits(SECOND);
+        assert_eq!((permits.attr(Ino(u64::MAX)), permits.entry(Ino(7))), (Duration::ZERO, Duration::ZERO));
+    }
+
+    #[test]
+    fn an_inode_is_known_until_every_lookup_is_forgotten() {
+        let caches = Caches::default();
+        caches.looked_up(Ino(9));
+        caches.looked_up(Ino(9));
+        caches.forgotten(Ino(9), 1);
+        assert!(caches.is_known(Ino(9)));
+        caches.forgotten(Ino(9), 1);
+        assert!(!caches.is_known(Ino(9)) && caches.is_known(Ino::ROOT));
+    }
+}
