@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(orders, GOLDEN);
     }
 
-    const GOLDEN: [[u64; 5]; 4] = [[0; 5]; 4];
+    const GOLDEN: [[u64; 5]; 4] = [[2, 4, 5, 1, 3], [5, 1, 4, 2, 3], [5, 2, 4, 1, 3], [5, 1, 3, 2, 4]];
 
     #[test]
     fn first_choices_follow_the_weights() {

@@ -4,7 +4,7 @@
 //! deadline. It asks the likeliest peer first and one more whenever the last one is late or said
 //! no, and takes the first answer that matches the chunk's name.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use ctfs_types::{ChunkId, NodeId, limits::CHUNK_BYTES_MAX};
@@ -55,7 +55,7 @@ impl Chunks {
             let chunks = landing.chunks.clone();
             let result = chunks.ask_peers(id).await;
             if let Ok(bytes) = &result {
-                chunks.keep(id, bytes);
+                chunks.keep_later(id, bytes);
             }
             drop(landing);
             let _ = landed.send(Some(result));
@@ -150,18 +150,16 @@ impl Chunks {
         Err(PeerError::Failed("it sent wrong bytes".to_owned()))
     }
 
-    /// Stores a fetched chunk that belongs here, in the background.
-    fn keep(&self, id: ChunkId, bytes: &Bytes) {
+    /// Stores a fetched chunk in the background if it belongs here.
+    fn keep_later(&self, id: ChunkId, bytes: &Bytes) {
         if !self.cluster().placement.gives(&id, 0, self.shared.local) {
             return;
         }
         let Ok(permit) = self.shared.background.clone().try_acquire_owned() else { return };
-        let (store, bytes) = (self.shared.store.clone(), bytes.clone());
-        let chunks: Arc<_> = self.shared.clone();
+        let (chunks, bytes) = (self.clone(), bytes.clone());
         tokio::spawn(async move {
-            match store.put(id, bytes).await {
-                Ok(()) => count(&chunks.counters.repaired, 1),
-                Err(error) => debug!(chunk = %id, %error, "fetched chunk was not kept"),
+            if let Err(error) = chunks.keep(id, bytes).await {
+                debug!(chunk = %id, %error, "fetched chunk was not kept");
             }
             drop(permit);
         });

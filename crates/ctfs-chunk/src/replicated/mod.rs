@@ -100,8 +100,8 @@ pub enum ChunkError {
 pub enum PutError {
     #[error("only {got} of {wanted} servers stored the chunk ({reasons})")]
     TooFewCopies { wanted: usize, got: usize, reasons: Reasons },
-    /// Every server refused for want of space.
-    #[error("every chunk store is full")]
+    /// Too few servers stored it, and all that did not refused for want of space.
+    #[error("too few chunk stores have room")]
     Full,
     #[error("a chunk of {len} bytes is over the limit of {CHUNK_BYTES_MAX}")]
     TooLong { len: usize },
@@ -275,8 +275,7 @@ impl Chunks {
             return Ok(Ensured::AlreadyHere);
         }
         let bytes = self.fetch(id).await?;
-        self.shared.store.put(id, bytes).await?;
-        count(&self.shared.counters.repaired, 1);
+        self.keep(id, bytes).await?;
         Ok(Ensured::Fetched)
     }
 
@@ -364,6 +363,15 @@ impl Chunks {
             warn!(chunk = %id, %error, "could not read the own copy of a chunk");
         }
         bytes
+    }
+
+    /// Stores a fetched chunk that belongs here, unless someone else just did.
+    async fn keep(&self, id: ChunkId, bytes: Bytes) -> Result<(), StoreError> {
+        if !self.shared.store.holds(&id) {
+            self.shared.store.put(id, bytes).await?;
+            count(&self.shared.counters.repaired, 1);
+        }
+        Ok(())
     }
 
     /// Whether one server holds the chunk, this one included.

@@ -76,7 +76,7 @@ impl Chunks {
         count(&self.shared.counters.put_detours, detours as u64);
         if holders.len() >= needed.max(1) {
             Ok(Stored { id, holders })
-        } else if full > 0 && full == reasons.0.len() && holders.is_empty() {
+        } else if full > 0 && full == reasons.0.len() {
             Err(PutError::Full)
         } else {
             Err(too_few(needed.max(1), holders.len(), reasons))

@@ -118,6 +118,7 @@ impl ChunkStore {
     pub fn scrub_segment(&self, segment: u32) -> Result<Scrubbed, StoreError> {
         let mut report = Scrubbed { segment, ..Scrubbed::default() };
         let Some(entries) = self.shared.entries(segment)? else { return Ok(report) };
+        self.shared.files.drop_cached(segment);
         for entry in entries.iter().filter(|entry| !entry.tombstone) {
             if self.shared.counts_at(segment, entry).is_none() {
                 continue;
@@ -206,5 +207,4 @@ impl Shared {
         }
         Ok(frames)
     }
-
 }

@@ -74,9 +74,16 @@ const HANDLES_MAX: usize = 256;
 /// The directory of segments.
 pub struct Files {
     dir: PathBuf,
-    /// Oldest first in the queue; a handle in use stays valid through its `Arc`.
-    open: Mutex<(HashMap<u32, Arc<File>>, VecDeque<u32>)>,
+    open: Mutex<Handles>,
     _lock: File,
+}
+
+/// Open segments. A handle in use stays valid through its `Arc` when it is pushed out here.
+#[derive(Default)]
+struct Handles {
+    files: HashMap<u32, Arc<File>>,
+    /// The one opened longest ago first.
+    order: VecDeque<u32>,
 }
 
 impl Files {
@@ -116,21 +123,27 @@ impl Files {
 
     /// A handle for reading; stays good after the file is removed.
     pub fn handle(&self, number: u32) -> io::Result<Arc<File>> {
-        if let Some(file) = self.open.lock().0.get(&number) {
+        if let Some(file) = self.open.lock().files.get(&number) {
             return Ok(file.clone());
         }
         let file = Arc::new(File::open(self.segment_path(number))?);
         let mut open = self.open.lock();
-        let (files, order) = &mut *open;
-        if files.insert(number, file.clone()).is_none() {
-            order.push_back(number);
+        if open.files.insert(number, file.clone()).is_none() {
+            open.order.push_back(number);
         }
-        if order.len() > HANDLES_MAX
-            && let Some(oldest) = order.pop_front()
+        if open.order.len() > HANDLES_MAX
+            && let Some(oldest) = open.order.pop_front()
         {
-            files.remove(&oldest);
+            open.files.remove(&oldest);
         }
         Ok(file)
+    }
+
+    /// Asks the kernel to forget a segment's pages, so that the next read sees the disk.
+    pub fn drop_cached(&self, number: u32) {
+        if let Ok(file) = self.handle(number) {
+            let _ = rustix::fs::fadvise(&*file, 0, None, rustix::fs::Advice::DontNeed); // only advice
+        }
     }
 
     /// Makes an empty segment, durable with its name.
@@ -154,8 +167,8 @@ impl Files {
         remove_if_there(&self.index_path(number))?;
         {
             let mut open = self.open.lock();
-            open.0.remove(&number);
-            open.1.retain(|&other| other != number);
+            open.files.remove(&number);
+            open.order.retain(|&other| other != number);
         }
         self.sync_dir()
     }

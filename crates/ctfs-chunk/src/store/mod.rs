@@ -305,8 +305,7 @@ impl ChunkStore {
     /// # Errors
     /// [`StoreError::Io`] when the disk would not read it; reported like damage.
     pub fn get(&self, id: &ChunkId) -> Result<Option<Bytes>, StoreError> {
-        let Some(frame) = self.shared.read(id)? else { return Ok(None) };
-        let (location, frame) = frame;
+        let Some((location, frame)) = self.shared.read(id)? else { return Ok(None) };
         match frame.verified() {
             Some(bytes) => {
                 count(&self.shared.counters.reads, 1);

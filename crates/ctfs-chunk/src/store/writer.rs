@@ -147,7 +147,10 @@ impl Writer {
         }
         let needed = frame.len() as u64;
         let shared = &self.shared;
-        let room = batch.room.get_or_insert_with(|| shared.room(shared.state.lock().stored_bytes()));
+        let room = batch.room.get_or_insert_with(|| {
+            let stored = shared.state.lock().stored_bytes();
+            shared.room(stored)
+        });
         if needed > *room {
             let _ = done.send(Err(StoreError::Full { needed, free: *room }));
             return;
