@@ -8,9 +8,10 @@ use tokio::sync::watch;
 ///
 /// Implemented by the server program, and by tests.
 pub trait Observer: Send + Sync + 'static {
-    /// Entry `index` is applied and made `changes`. Called in log order, outside the replica's
+    /// Entry `index` is applied and made `changes`, each with the client (one life of one server)
+    /// whose command did it. Called in log order, outside the replica's
     /// lock, for every entry also when it changed nothing. Quick; never blocks.
-    fn applied(&self, index: LogIndex, changes: Vec<Change>);
+    fn applied(&self, index: LogIndex, changes: Vec<(u64, Change)>);
 
     /// The whole state was replaced: everything cached from the replica is to be forgotten.
     fn installed_snapshot(&self);

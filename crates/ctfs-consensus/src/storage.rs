@@ -31,7 +31,7 @@ pub struct StorageSettings {
     /// Pages of the materialised state kept in memory.
     pub cache_bytes: u64,
     /// A state and a snapshot up to this size are read and checked as a whole at start; of larger
-    /// ones every record is checked when it is read. A gibibyte reads in a few seconds.
+    /// ones every record is checked when it is read. A gibibyte takes a few seconds.
     pub verify_bytes_max: u64,
 }
 

@@ -457,7 +457,12 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         self.shared.check().map_err(failed)?;
         let mut frames = Vec::new();
         let mut recent = Vec::new();
+        let purged = self.shared.index.lock().purged;
         for entry in entries {
+            // What was purged is committed and in a snapshot; there is nothing to keep.
+            if Some(entry.log_id.index) <= purged.map(|purged| purged.index) {
+                continue;
+            }
             let payload = codec::encode(ENTRY_VERSION, &entry);
             if payload.len() > PAYLOAD_BYTES_MAX {
                 let error = io::Error::other(format!("entry of {} bytes is too long for the log", payload.len()));

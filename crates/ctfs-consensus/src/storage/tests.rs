@@ -15,7 +15,7 @@ use crate::raft_types::{Entries, RaftEntry, RaftLogId, RaftStorageError, TypeCon
 
 /// Remembers what it was told.
 struct Listener {
-    applied: Mutex<Vec<(LogIndex, Vec<Change>)>>,
+    applied: Mutex<Vec<(LogIndex, Vec<(u64, Change)>)>>,
     installed: Mutex<u32>,
     invalidated: watch::Sender<LogIndex>,
 }
@@ -31,7 +31,7 @@ impl Listener {
 }
 
 impl Observer for Listener {
-    fn applied(&self, index: LogIndex, changes: Vec<Change>) {
+    fn applied(&self, index: LogIndex, changes: Vec<(u64, Change)>) {
         self.applied.lock().push((index, changes));
     }
 
@@ -152,7 +152,7 @@ fn the_observer_hears_of_every_entry_in_order_and_outside_the_lock() {
         let heard = listener.applied.lock();
         assert_eq!(heard.iter().map(|(index, _)| index.0).collect::<Vec<_>>(), [1, 2, 3]);
         assert!(heard[0].1.is_empty());
-        assert!(heard[1].1.contains(&Change::Entry { parent: Ino::ROOT, name: FileName::new(b"file-1").unwrap() }));
+        assert!(heard[1].1.contains(&(1, Change::Entry { parent: Ino::ROOT, name: FileName::new(b"file-1").unwrap() })));
     });
 }
 
@@ -303,6 +303,26 @@ fn flip_every_record_but_ours(store: &Path) -> usize {
     }
     store.checkpoint().unwrap();
     damaged
+}
+
+#[test]
+fn a_record_that_went_missing_is_noticed_at_start() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut storage = open(dir.path()).unwrap();
+        commit(&mut storage, 0..20).await;
+        let before = state(&storage);
+        drop(storage);
+        let store = crate::sled_store::SledStore::open(&current_store(dir.path()), 1 << 20).unwrap();
+        let (key, _) = store.raw().iter().rev().map(Result::unwrap).find(|(key, _)| key[0] == 2).unwrap();
+        store.raw().remove(key).unwrap();
+        store.checkpoint().unwrap();
+        drop(store);
+        let mut storage = open(dir.path()).unwrap();
+        assert_eq!(state(&storage).0, LogIndex(0), "thrown away");
+        catch_up(&mut storage).await;
+        assert_eq!(state(&storage), before);
+    });
 }
 
 #[test]
