@@ -286,7 +286,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let member = Identity::create(dir.path()).unwrap();
         let leaf = CaDer::from_der(&ca.sign(member.public_key_der(), "n").unwrap()).unwrap();
-        let pkcs8 = PrivatePkcs8KeyDer::try_from(member.private_key().secret_der().to_vec()).unwrap();
+        let pkcs8 = PrivatePkcs8KeyDer::from(member.private_key().secret_der().to_vec());
         let key = KeyPair::from_pkcs8_der_and_sign_algo(&pkcs8, &rcgen::PKCS_ED25519).unwrap();
         let issuer = params("n", 10).unwrap();
         let forged = params("evil", 10).unwrap();

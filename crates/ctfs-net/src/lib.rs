@@ -68,7 +68,8 @@ pub struct PeerInfo {
 /// What this server does with what its peers ask.
 ///
 /// Each request runs in a task of its own. A request whose asker went away still runs to its end;
-/// a handler bounds its own waits.
+/// a handler bounds its own waits. A handler that keeps a [`Network`] keeps it alive: such a
+/// program ends it with [`Network::close`].
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
     /// Answers a small call. `Err` reaches the caller as [`NetError::Refused`].

@@ -266,9 +266,9 @@ impl Peer {
 
 /// Pause after the given number of earlier failures; `chance` in `[0, 1)` spreads it over
 /// 75 to 125 %, so that servers cut off together do not come back in step.
-fn backoff(failures: u32, settings: &NetSettings, chance: f32) -> Duration {
+fn backoff(failures: u32, settings: &NetSettings, chance: f64) -> Duration {
     let doubled = settings.backoff_min.saturating_mul(1 << failures.min(16));
-    doubled.min(settings.backoff_max).mul_f32(0.75 + chance / 2.0)
+    doubled.min(settings.backoff_max).mul_f64(0.75 + chance / 2.0)
 }
 
 /// Keeps a connection to the peer alive, for as long as the peer is a member.

@@ -35,6 +35,8 @@ const REFUSE: u16 = 0x0102;
 const GATED: u16 = 0x0103;
 const PANIC: u16 = 0x0104;
 const HUGE: u16 = 0x0105;
+/// Takes a bulk body and gives nothing back.
+const SINK: u16 = 0x0106;
 /// Another class than the rest.
 const OTHER_CLASS: u16 = 0x0201;
 
@@ -103,6 +105,7 @@ impl Handler for Recorder {
         self.calls.fetch_add(1, Ordering::SeqCst);
         match service {
             REFUSE => Err("no, thank you".to_owned()),
+            SINK => Ok((header, Bytes::new())),
             GATED => {
                 self.behind_gate().await;
                 Ok((header, body))
