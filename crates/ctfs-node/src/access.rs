@@ -23,7 +23,7 @@ pub struct ReplicatedMetadata {
 fn no_quorum(error: ProposeError) -> FsError {
     match error {
         ProposeError::NoQuorum { waited } => FsError::NoQuorum { waited },
-        ProposeError::Stopped => FsError::Shutdown,
+        ProposeError::Stopped(_) => FsError::Shutdown,
         other => {
             tracing::warn!(error = %other, "a command found no verdict");
             FsError::NoQuorum { waited: Duration::ZERO }
@@ -60,7 +60,7 @@ impl Metadata for ReplicatedMetadata {
 
 /// The chunks of the whole cluster, reached from this server.
 pub struct ClusterChunks {
-    pub chunks: Arc<Chunks>,
+    pub chunks: Chunks,
     pub figures: Arc<Figures>,
     pub runtime: tokio::runtime::Handle,
 }
@@ -71,8 +71,8 @@ impl ChunkAccess for ClusterChunks {
         self.chunks.get(id, len).await.map_err(|error| {
             tracing::error!(chunk = %id, %error, "chunk cannot be read");
             match error {
-                ChunkError::Lost { .. } => FsError::ChunkLost,
-                _ => FsError::ChunkUnavailable,
+                ChunkError::Lost { id, .. } => FsError::ChunkLost { chunk: id },
+                other => FsError::ChunkUnavailable { chunk: id, why: other.to_string() },
             }
         })
     }
@@ -81,8 +81,9 @@ impl ChunkAccess for ClusterChunks {
         self.chunks.put(bytes, copies).await.map(|stored| stored.id).map_err(|error| {
             tracing::warn!(%error, "chunk cannot be stored");
             match error {
-                PutError::Full { .. } => FsError::NoSpace,
-                _ => FsError::TooFewCopies,
+                PutError::Full => FsError::NoSpace,
+                PutError::TooFewCopies { wanted, got, .. } => FsError::TooFewCopies { wanted: wanted as u8, synced: got as u8 },
+                PutError::TooLong { .. } => FsError::TooBig,
             }
         })
     }

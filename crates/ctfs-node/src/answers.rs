@@ -3,7 +3,7 @@
 use std::{path::Path, sync::{Arc, atomic::Ordering::Relaxed}, time::Duration};
 
 use async_trait::async_trait;
-use ctfs_chunk::{Located, copies_for};
+use ctfs_chunk::{ChunkPeers, Placement, tier::Residency};
 use ctfs_meta::{Cell, Member, MemberState, Op, Policy};
 use ctfs_types::{Attr, ByteSize, ChunkId, ExtentData, FileKind, FileName, Ino, NodeId};
 
@@ -46,11 +46,12 @@ impl AdminHandler for Answers {
             }
             Request::PolicyShow { path } => node.policy(&path).map(Response::Policy),
             Request::CacheDrop => {
-                let before = node.tier.usage();
-                let files = node.tier.evict_all();
-                let after = node.tier.usage();
+                let content = node.vfs.content();
+                let before = content.usage();
+                let files = content.evict_all();
+                let after = content.usage();
                 let freed = ByteSize(before.clean.saturating_sub(after.clean));
-                Ok(Response::CacheDrop(CacheDropReport { freed, files: files as u64, kept: ByteSize(after.clean + after.dirty) }))
+                Ok(Response::CacheDrop(CacheDropReport { freed, files, kept: ByteSize(after.clean + after.dirty) }))
             }
             Request::Umount => {
                 let path = node.settings.mountpoint.clone();
@@ -165,7 +166,7 @@ impl Node {
         let members = self.members()?;
         let name_of = |node: NodeId| members.iter().find(|m| m.node == node).map(|m| m.name.clone());
         let totals = self.consensus.replica().read().totals(Ino::ROOT).map_err(store)?.unwrap_or_default();
-        let cache = self.tier.usage();
+        let cache = self.vfs.content().usage();
         let chunks = self.chunk_counts(&servers)?;
         let (verdict, summary, why, action) = self.judge(&servers, &consensus, &chunks);
         let repair = self.repair.progress();
@@ -211,7 +212,7 @@ impl Node {
 
     /// Chunks of the volume and how many the servers say they still lack.
     fn chunk_counts(&self, servers: &[ServerReport]) -> Result<ChunksReport, Problem> {
-        let total = self.consensus.replica().read().chunk_count().map_err(store)?;
+        let total = self.consensus.replica().read().chunk_count();
         let mut below = self.repair.missing();
         let members = self.members()?;
         for member in members.iter().filter(|m| m.node != self.id) {
@@ -332,7 +333,7 @@ impl Node {
             bytes: ByteSize(totals.bytes),
             available: ByteSize(space.available),
             total: ByteSize(space.total),
-            copies: copies_for(policy.copies, active) as u8,
+            copies: Placement::copies_for(policy.copies, active) as u8,
             servers: servers
                 .into_iter()
                 .map(|s| DfServer {
@@ -392,13 +393,13 @@ impl Node {
             cell_set: set.cell.map(|cell| ByteSize(cell.bytes())),
             copies: effective.copies,
             cell: ByteSize(effective.cell.bytes()),
-            copies_now: copies_for(effective.copies, active) as u8,
+            copies_now: Placement::copies_for(effective.copies, active) as u8,
         })
     }
 
     async fn info(&self, path: &WirePath) -> Result<InfoReport, Problem> {
         let (ino, mut attr) = self.resolve(path.as_path())?;
-        self.vfs.overlay(&mut attr);
+        self.vfs.content().overlay(&mut attr);
         let replica = self.consensus.replica();
         let (policy, members, cells) = {
             let namespace = replica.read();
@@ -408,14 +409,14 @@ impl Node {
         };
         let placement = placement_of(&members);
         let active = members.iter().filter(|m| m.state == MemberState::Active).count();
-        let cached = self.tier.resident(ino);
+        let cached = self.vfs.content().resident(ino);
         let cells_more = cells.len().saturating_sub(CELLS_SHOWN_MAX) as u64;
         let shown = &cells[..cells.len().min(CELLS_SHOWN_MAX)];
         let chunks: Vec<ChunkId> = shown.iter().filter_map(|cell| cell.extent.chunk()).collect();
         let located = self.locate(&members, &chunks).await;
         let holders = |id: ChunkId| -> Vec<HolderReport> {
             let copies = replica.read().chunk(&id).ok().flatten().map_or(policy.copies, |record| record.copies);
-            let wanted = copies_for(copies, active);
+            let wanted = Placement::copies_for(copies, active);
             let mut all: Vec<(usize, NodeId)> = placement.rank(&id).into_iter().enumerate().collect();
             let ranked: Vec<NodeId> = all.iter().map(|(_, node)| *node).collect();
             all.extend(members.iter().map(|m| m.node).filter(|n| !ranked.contains(n)).map(|node| (usize::MAX, node)));
@@ -440,8 +441,8 @@ impl Node {
         };
         let cell_report = |cell: &Cell| {
             let cached = cached.iter().find(|(index, _)| *index == cell.index).map_or(CachedAs::None, |(_, state)| match state {
-                ctfs_chunk::tier::Residency::Dirty => CachedAs::Dirty,
-                ctfs_chunk::tier::Residency::Clean => CachedAs::Clean,
+                Residency::Unflushed { .. } => CachedAs::Dirty,
+                Residency::Clean { .. } => CachedAs::Clean,
             });
             let chunk = cell.extent.chunk();
             CellReport {
@@ -458,8 +459,16 @@ impl Node {
             }
         };
         let cell_bytes = attr.cell.bytes();
-        let count = |state: ctfs_chunk::tier::Residency| cached.iter().filter(|(_, s)| *s == state).count() as u64 * cell_bytes;
-        let dirty = count(ctfs_chunk::tier::Residency::Dirty).min(attr.size);
+        let (mut clean, mut unflushed) = (0, 0);
+        for (_, residency) in &cached {
+            match residency {
+                Residency::Clean { bytes } => clean += bytes,
+                Residency::Unflushed { dirty, clean: between } => {
+                    unflushed += dirty;
+                    clean += between;
+                }
+            }
+        }
         Ok(InfoReport {
             path: path.clone(),
             ino: ino.0,
@@ -467,12 +476,12 @@ impl Node {
             size: ByteSize(attr.size),
             allocated: ByteSize(attr.allocated),
             copies: policy.copies,
-            copies_now: copies_for(policy.copies, active) as u8,
+            copies_now: Placement::copies_for(policy.copies, active) as u8,
             cell: ByteSize(cell_bytes),
             cells: shown.iter().map(cell_report).collect(),
             cells_more,
-            cached: ByteSize((count(ctfs_chunk::tier::Residency::Clean) + dirty).min(attr.size)),
-            dirty: ByteSize(dirty),
+            cached: ByteSize((clean + unflushed).min(attr.size)),
+            dirty: ByteSize(unflushed),
         })
     }
 
@@ -483,20 +492,22 @@ impl Node {
         chunks: &[ChunkId],
     ) -> std::collections::HashMap<(NodeId, ChunkId), Option<bool>> {
         let asked = members.iter().map(|member| async move {
-            let mut answers = Vec::with_capacity(chunks.len());
+            let mut answers: Vec<Option<bool>> = Vec::with_capacity(chunks.len());
             for page in chunks.chunks(crate::messages::LIST_MAX) {
-                answers.extend(self.chunks.ask(member.node, page).await);
+                if member.node == self.id {
+                    answers.extend(page.iter().map(|id| Some(self.store.holds(id))));
+                    continue;
+                }
+                match self.peers.has(member.node, page.to_vec()).await {
+                    Ok(held) => answers.extend(held.into_iter().map(Some)),
+                    Err(_) => answers.extend(page.iter().map(|_| None)),
+                }
             }
             (member.node, answers)
         });
         let mut located = std::collections::HashMap::new();
         for (node, answers) in futures_util::future::join_all(asked).await {
-            for (id, answer) in chunks.iter().zip(answers) {
-                let holds = match answer {
-                    Located::Yes => Some(true),
-                    Located::No => Some(false),
-                    Located::Unknown(_) => None,
-                };
+            for (id, holds) in chunks.iter().zip(answers) {
                 located.insert((node, *id), holds);
             }
         }

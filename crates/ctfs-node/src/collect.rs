@@ -14,6 +14,7 @@ use ctfs_vfs::Vfs;
 use tokio::sync::watch;
 
 use crate::{
+    stop,
     messages::{self, OpenOrphans, service},
     peers::CALL_DEADLINE,
 };
@@ -41,7 +42,7 @@ impl Collector {
             tokio::select! {
                 _ = orphans.tick() => if self.consensus.status().is_leader { self.reap().await },
                 _ = chunks.tick() => if self.consensus.status().is_leader { self.forget_chunks().await },
-                _ = stop.wait_for(|&stop| stop) => return,
+                () = stop::requested(&mut stop) => return,
             }
         }
     }

@@ -81,7 +81,7 @@ impl Doorman {
                 }
             }
         };
-        let certificate = self.authority.sign(public_key, node).map_err(|e| Problem::internal(&e.to_string()))?;
+        let certificate = self.authority.sign(public_key, &node.to_string()).map_err(|e| Problem::internal(&e.to_string()))?;
         let replica = self.consensus.replica();
         let namespace = replica.read();
         let store = |e: ctfs_meta::StoreError| Problem::internal(&e.to_string());
@@ -89,14 +89,14 @@ impl Doorman {
         Ok(JoinReply {
             cluster: namespace.cluster().map_err(store)?.ok_or_else(|| Problem::internal("the cluster has no identity"))?,
             certificate,
-            authority_key: self.authority.key_pem(),
+            authority_key: self.authority.to_pem(),
             members: namespace.members().map_err(store)?,
         })
     }
 
     /// Makes a one-time secret and has the cluster remember its hash.
     pub async fn issue(&self, addresses: Vec<String>, ttl: Duration, uses: u32) -> Result<JoinToken, Problem> {
-        let secret: [u8; 16] = rand::random();
+        let secret = JoinToken::new_secret();
         let now = SystemTime::now();
         let expires = Timestamp::from(now + ttl);
         let record = TokenRecord { hash: *blake3::hash(&secret).as_bytes(), expires, uses_left: uses };

@@ -1,4 +1,30 @@
-//! One CTFS server: wiring, apply loop, repair, garbage collection, admin.
+//! One CTFS server: everything wired together, and the tasks that keep it in order.
+//!
+//! [`Node::start`] opens the state directory, the network, the replicated metadata, the chunk
+//! store, the cache tier and the mount, in that order, and [`Node::shutdown`] closes them in the
+//! reverse one. Reading order: [`node`] (a server's life), [`join`] (how it becomes a member),
+//! [`services`] (what peers ask), [`events`] (what applying the log sets in motion), then the
+//! tasks: [`members`], [`repair`], [`collect`]; [`answers`] is what people ask.
 
+mod access;
 pub mod admin;
+mod answers;
+mod collect;
+mod events;
+mod interfaces;
+mod join;
+mod members;
+mod messages;
+mod names;
+mod node;
+mod peers;
 pub mod problem;
+mod repair;
+mod report;
+mod services;
+mod settings;
+mod state;
+mod stop;
+
+pub use node::Node;
+pub use settings::NodeSettings;

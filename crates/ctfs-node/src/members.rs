@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::{
+    stop,
     messages::{self, service},
     problem::{Code, Problem},
     services::{Heard, Services},
@@ -101,7 +102,7 @@ impl Membership {
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 _ = changed.changed() => {}
-                _ = stop.wait_for(|&stop| stop) => return,
+                () = stop::requested(&mut stop) => return,
             }
             if !self.consensus.status().is_leader {
                 self.seen.lock().clear();

@@ -70,7 +70,6 @@ pub struct JoinReply {
     pub members: Vec<Member>,
 }
 
-pub type HaveChunks = Vec<ChunkId>;
 
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
     codec::encode(VERSION, message)

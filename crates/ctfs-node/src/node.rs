@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use ctfs_chunk::{ChunkStore, Chunks, ChunksSettings, Placement, Server, StoreSettings, tier::CacheTier};
+use ctfs_chunk::{
+    ChunkSettings, ChunkStore, Chunks, Placement, Server, StoreSettings,
+    tier::{CacheTier, TierSettings},
+};
 use ctfs_consensus::Consensus;
 use ctfs_fuse::{Mount, MountSettings};
 use ctfs_meta::{ClusterIdentity, Member, MemberState, MetaError, Op, Policy};
@@ -18,6 +21,7 @@ use parking_lot::Mutex;
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
+    stop,
     access::{ClusterChunks, ReplicatedMetadata},
     collect::Collector,
     events::Events,
@@ -25,12 +29,16 @@ use crate::{
     members::Membership,
     messages::{JoinReply, JoinRequest},
     peers::Peers,
-    problem::Problem,
+    problem::{Code, Problem},
     repair::Repair,
     report::Figures,
     services::Services,
     settings::NodeSettings,
     state::{ClusterRecord, StateDir},
+};
+use crate::{
+    admin::{AdminSocket, SOCKET_NAME},
+    answers::Answers,
 };
 
 /// A restarted server waits this long for the others before it serves what it has.
@@ -43,16 +51,18 @@ pub struct Node {
     pub(crate) settings: NodeSettings,
     pub(crate) state: StateDir,
     pub(crate) id: NodeId,
+    /// BLAKE3 of this server's public key.
+    key: [u8; 32],
     pub(crate) record: ClusterRecord,
     pub(crate) network: Network,
     pub(crate) consensus: Consensus,
     pub(crate) store: Arc<ChunkStore>,
-    pub(crate) chunks: Arc<Chunks>,
-    pub(crate) tier: Arc<CacheTier>,
+    pub(crate) chunks: Chunks,
+    pub(crate) peers: Arc<Peers>,
     pub(crate) vfs: Arc<Vfs>,
     pub(crate) services: Arc<Services>,
     pub(crate) membership: Arc<Membership>,
-    pub(crate) doorman: Doorman,
+    pub(crate) doorman: Arc<Doorman>,
     pub(crate) repair: Arc<Repair>,
     pub(crate) figures: Arc<Figures>,
     events: Arc<Events>,
@@ -60,9 +70,19 @@ pub struct Node {
     tasks: Mutex<Vec<JoinHandle<()>>>,
     stop: watch::Sender<bool>,
     stopped: watch::Sender<bool>,
-    pub(crate) started: Instant,
     /// Why this server can no longer take part, once it knows.
     pub(crate) ended: Mutex<Option<Problem>>,
+}
+
+fn mountpoint_problem(path: &std::path::Path, error: &ctfs_fuse::MountError) -> Problem {
+    use ctfs_fuse::MountError;
+    let code = match error {
+        MountError::NotDirectory(_) => Code::NotADirectory,
+        MountError::NotEmpty(_) => Code::NotEmpty,
+        MountError::AlreadyMounted { .. } => Code::AlreadyMounted,
+        _ => return Problem::mount_failed(path, &error.to_string()),
+    };
+    Problem::new(code, error.to_string()).try_next("choose an empty directory that is not mounted")
 }
 
 /// What a server needs to speak for itself.
@@ -81,24 +101,22 @@ impl Node {
     /// # Errors
     /// A [`Problem`] for the person who asked; nothing that existed before is lost.
     pub async fn start(settings: NodeSettings) -> Result<Arc<Self>, Problem> {
-        if let Some(path) = &settings.mountpoint {
-            ctfs_fuse::check_mountpoint(path).map_err(|error| Problem::mountpoint(path, &error))?;
-        }
         let state = StateDir::open(&settings.state)?;
         let mut settings = settings;
         let credentials = credentials(&state, &mut settings).await?;
         let Credentials { identity, authority, record, incarnation, founding } = credentials;
         let id = identity.node();
+        let key = identity.key_hash();
 
         let services = Arc::new(Services::default());
         let network = Network::bind(
             NetSettings { listen: settings.listen, ..NetSettings::default() },
             identity,
-            record.identity.ca_certificate.clone(),
+            authority.certificate(),
             services.clone(),
         )
         .await
-        .map_err(|error| Problem::listen(settings.listen, &error.to_string()))?;
+        .map_err(|error| Problem::port_in_use(settings.listen, &error.to_string()))?;
         network.set_members(peer_infos(&state.peers(), id));
         let peers = Peers::new(network.clone());
 
@@ -109,24 +127,25 @@ impl Node {
             .map_err(|error| Problem::metadata(&error.to_string()))?;
         services.serve_consensus(consensus.clone());
 
-        let store_settings = StoreSettings { capacity: settings.capacity.0, pin_for: settings.gc_grace, ..StoreSettings::default() };
+        let store_settings = StoreSettings { pin_for: settings.gc_grace, ..StoreSettings::with_capacity(settings.capacity.0) };
         let store = ChunkStore::open(&state.join("chunks"), store_settings).map_err(|e| Problem::chunk_store(&e.to_string()))?;
         let store = Arc::new(store);
-        let chunks = Chunks::new(id, store.clone(), peers.clone(), ChunksSettings::default());
+        let chunks = Chunks::new(id, store.clone(), peers.clone(), ChunkSettings::default());
         services.serve_chunks(store.clone(), chunks.clone());
 
         if founding && !consensus.is_initialized() {
-            found(&consensus, &settings, &record, id, incarnation, &network).await?;
+            found(&consensus, &settings, &record, key, incarnation, &network).await?;
         }
 
-        let tier = CacheTier::open(&settings.cache_dir, settings.cache_size.0).map_err(|e| Problem::cache(&settings.cache_dir, &e.to_string()))?;
-        let tier = Arc::new(tier);
+        let tier = CacheTier::open(TierSettings::new(settings.cache_dir.clone(), settings.cache_size.0))
+            .map_err(|error| Problem::io(&format!("open the cache tier in {}", settings.cache_dir.display()), &error))?;
         let replica = consensus.replica();
-        let figures = Figures::new(network.clone(), consensus.clone(), store.clone(), tier.clone(), id);
+        let figures = Figures::new(network.clone(), consensus.clone(), store.clone(), id);
         let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: replica.clone(), node: id, incarnation });
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
-        let vfs = Vfs::new(metadata, cluster_chunks, tier.clone(), VfsSettings::default());
+        let vfs = Vfs::new(metadata, cluster_chunks, tier, VfsSettings::default());
+        figures.watch_cache(vfs.clone());
         events.tell_vfs(vfs.clone());
         services.serve_vfs(vfs.clone());
 
@@ -134,19 +153,21 @@ impl Node {
         figures.watch_repair(repair.clone());
         events.tell_repair(repair.clone());
         let membership = Membership::new(consensus.clone(), services.clone(), network.clone(), id, settings.away_after);
-        services.serve_cluster(Doorman::new(consensus.clone(), authority.clone()), membership.clone(), figures.clone());
+        let doorman = Arc::new(Doorman::new(consensus.clone(), authority));
+        services.serve_cluster(doorman.clone(), membership.clone(), figures.clone());
 
         let node = Arc::new(Self {
-            doorman: Doorman::new(consensus.clone(), authority),
+            doorman,
             settings,
             state,
             id,
+            key,
             record,
             network,
             consensus,
             store,
             chunks,
-            tier,
+            peers,
             vfs,
             services,
             membership,
@@ -157,11 +178,12 @@ impl Node {
             tasks: Mutex::default(),
             stop: watch::Sender::new(false),
             stopped: watch::Sender::new(false),
-            started: Instant::now(),
             ended: Mutex::new(None),
         });
         node.follow_members();
         node.spawn_tasks(deletions);
+        let socket = AdminSocket::bind(&node.state.join(SOCKET_NAME)).map_err(|error| Problem::io("open the admin socket", &error))?;
+        node.spawn(socket.serve(Arc::new(Answers(node.clone())), node.stop.subscribe()));
         let serving = async {
             node.take_part(incarnation).await?;
             node.mount()
@@ -228,7 +250,7 @@ impl Node {
         }
         let settings = MountSettings { mountpoint: path.clone(), threads: self.settings.threads, ..MountSettings::default() };
         let mount = Mount::start(self.vfs.clone(), tokio::runtime::Handle::current(), settings)
-            .map_err(|error| Problem::mountpoint(&path, &error))?;
+            .map_err(|error| mountpoint_problem(&path, &error))?;
         let mount = Arc::new(mount);
         let notifier = mount.notifier();
         self.spawn(self.events.clone().follow(notifier.invalidated()));
@@ -295,10 +317,10 @@ impl Node {
     }
 
     /// Resolves when [`Self::shutdown`] was asked for by the admin socket.
-    pub async fn stop_requested(&self) {
+    pub async fn stopped(&self) {
         let mut stop = self.stop.subscribe();
         // The sender lives as long as `self`.
-        let _closed = stop.wait_for(|&stop| stop).await;
+        stop::requested(&mut stop).await;
     }
 
     /// Asks whoever runs this node to shut it down.
@@ -308,7 +330,7 @@ impl Node {
 
     pub async fn wait_stopped(&self) {
         let mut stopped = self.stopped.subscribe();
-        let _closed = stopped.wait_for(|&stopped| stopped).await;
+        stop::requested(&mut stopped).await;
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -339,7 +361,7 @@ impl Node {
                 tokio::select! {
                     changed = members.changed() => if changed.is_err() { return },
                     () = tokio::time::sleep(Duration::from_secs(5)) => {}
-                    _ = stopping.wait_for(|&stop| stop) => return,
+                    () = stop::requested(&mut stopping) => return,
                 }
                 let Some(node) = node.upgrade() else { return };
                 node.follow_members();
@@ -351,11 +373,11 @@ impl Node {
             loop {
                 let chunk = tokio::select! {
                     chunk = deletions.recv() => match chunk { Some(chunk) => chunk, None => return },
-                    _ = stopping.wait_for(|&stop| stop) => return,
+                    () = stop::requested(&mut stopping) => return,
                 };
                 // Referenced again since it was forgotten: keep it.
                 let unknown = matches!(replica.read().chunk(&chunk), Ok(None));
-                if unknown && let Err(error) = store.delete(chunk).await {
+                if unknown && let Err(error) = store.delete(&chunk).await {
                     tracing::warn!(%chunk, %error, "cannot delete a chunk");
                 }
             }
@@ -366,23 +388,21 @@ impl Node {
             loop {
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_secs(30)) => {}
-                    _ = stopping.wait_for(|&stop| stop) => return,
+                    () = stop::requested(&mut stopping) => return,
                 }
-                let store = store.clone();
-                match tokio::task::spawn_blocking(move || store.compact()).await {
-                    Ok(Ok(_)) => {}
-                    Ok(Err(error)) => tracing::warn!(%error, "compaction of the chunk store failed"),
-                    Err(error) => tracing::error!(%error, "compaction of the chunk store died"),
+                if let Err(error) = store.compact().await {
+                    tracing::warn!(%error, "compaction of the chunk store failed");
                 }
             }
         });
 
-        let (mut damaged, repair, mut stopping) = (self.store.damaged(), self.repair.clone(), stop());
+        let (damaged, repair, mut stopping) = (self.store.damaged(), self.repair.clone(), stop());
         self.spawn(async move {
+            let Some(mut damaged) = damaged else { return };
             loop {
                 tokio::select! {
                     chunk = damaged.recv() => match chunk { Some(chunk) => repair.want(chunk), None => return },
-                    _ = stopping.wait_for(|&stop| stop) => return,
+                    () = stop::requested(&mut stopping) => return,
                 }
             }
         });
@@ -404,7 +424,7 @@ impl Node {
         if members.is_empty() {
             return;
         }
-        if removed.contains(&self.network.key_hash()) {
+        if removed.contains(&self.key) {
             let problem = Problem::removed();
             tracing::error!(code = problem.code, what = problem.what, "this server was removed from the cluster");
             *self.ended.lock() = Some(problem);
@@ -419,7 +439,9 @@ impl Node {
         }
         self.network.set_members(peer_infos(&members, self.id));
         let placement = placement_of(&members);
-        if self.chunks.set_placement(placement) {
+        self.chunks.set_members(members.iter().map(|member| member.node).collect());
+        if self.chunks.placement().servers() != placement.servers() {
+            self.chunks.set_placement(placement);
             self.repair.walk_soon();
         }
     }
@@ -446,7 +468,7 @@ fn peer_infos(members: &[Member], own: NodeId) -> Vec<PeerInfo> {
 /// Loads what this server is, or makes it so: founds a cluster or joins one.
 async fn credentials(state: &StateDir, settings: &mut NodeSettings) -> Result<Credentials, Problem> {
     let identity_dir = state.join("identity");
-    let identity_error = |error: ctfs_net::NetError| Problem::damaged(&identity_dir, &error.to_string());
+    let identity_error = |error: ctfs_net::IdentityError| Problem::damaged(&identity_dir, &error.to_string());
     let founding = match (state.cluster()?, settings.join.take()) {
         (Some(record), token) => {
             if let Some(token) = token
@@ -470,33 +492,37 @@ async fn credentials(state: &StateDir, settings: &mut NodeSettings) -> Result<Cr
     let identity = Identity::load(&identity_dir).map_err(identity_error)?;
     let (record, incarnation) = state.begin_life(identity.node())?;
     let key = String::from_utf8(state.read("ca.key")?).map_err(|_| Problem::damaged(&state.join("ca.key"), "it is not text"))?;
-    let authority = Authority::from_parts(&record.identity.ca_certificate, &key)
+    let authority = Authority::from_pem(&key)
         .map_err(|error| Problem::damaged(&state.join("ca.key"), &error.to_string()))?;
     Ok(Credentials { identity, authority, record, incarnation, founding })
 }
 
 fn become_founder(state: &StateDir, settings: &NodeSettings) -> Result<(), Problem> {
-    let internal = |error: ctfs_net::NetError| Problem::internal(&error.to_string());
+    let internal = |error: ctfs_net::IdentityError| Problem::internal(&error.to_string());
     let name = crate::names::cluster_name();
     let authority = Authority::create(&name).map_err(internal)?;
-    let mut identity = Identity::create(&state.join("identity")).map_err(internal)?;
-    let certificate = authority.sign(identity.public_key(), identity.node()).map_err(internal)?;
-    identity.set_certificate(certificate).map_err(internal)?;
-    state.write("ca.key", authority.key_pem().as_bytes())?;
+    let mut identity = own_identity(state).map_err(internal)?;
+    let certificate = authority.sign(identity.public_key_der(), &identity.node().to_string()).map_err(internal)?;
+    identity.install(&certificate, &authority.certificate()).map_err(internal)?;
+    state.write("ca.key", authority.to_pem().as_bytes())?;
     // Last: with this record the state directory is a member's.
     state.set_cluster(&ClusterRecord {
-        identity: ClusterIdentity { id: rand::random(), name, ca_certificate: authority.certificate_der() },
+        identity: ClusterIdentity { id: rand::random(), name, ca_certificate: authority.certificate_der().to_vec() },
         lives: 0,
         name: settings.name.clone(),
         zone: settings.zone.clone(),
     })
 }
 
+/// This server's key: that of an earlier try, so that the cluster knows it, or a new one.
+fn own_identity(state: &StateDir) -> Result<Identity, ctfs_net::IdentityError> {
+    let dir = state.join("identity");
+    if Identity::exists(&dir) { Identity::load(&dir) } else { Identity::create(&dir) }
+}
+
 async fn become_member(state: &StateDir, settings: &NodeSettings, token: &ctfs_net::JoinToken) -> Result<(), Problem> {
-    let internal = |error: ctfs_net::NetError| Problem::internal(&error.to_string());
-    // The key of an earlier try is used again, so that the cluster knows it.
-    let identity_dir = state.join("identity");
-    let mut identity = Identity::load(&identity_dir).or_else(|_| Identity::create(&identity_dir)).map_err(internal)?;
+    let internal = |error: ctfs_net::IdentityError| Problem::internal(&error.to_string());
+    let mut identity = own_identity(state).map_err(internal)?;
     let request = JoinRequest {
         secret: token.secret,
         name: settings.name.clone(),
@@ -510,7 +536,8 @@ async fn become_member(state: &StateDir, settings: &NodeSettings, token: &ctfs_n
     if *blake3::hash(&cluster.ca_certificate).as_bytes() != token.ca_hash {
         return Err(Problem::wrong_authority("the cluster named another authority than its certificate"));
     }
-    identity.set_certificate(certificate).map_err(internal)?;
+    let ca = ctfs_net::CaDer::from_der(&cluster.ca_certificate).map_err(internal)?;
+    identity.install(&certificate, &ca).map_err(internal)?;
     state.write("ca.key", authority_key.as_bytes())?;
     state.set_peers(&members)?;
     // Last: with this record the state directory is a member's.
@@ -521,15 +548,15 @@ async fn found(
     consensus: &Consensus,
     settings: &NodeSettings,
     record: &ClusterRecord,
-    id: NodeId,
+    key: [u8; 32],
     incarnation: Incarnation,
     network: &Network,
 ) -> Result<(), Problem> {
     let member = Member {
-        node: id,
+        node: ctfs_net::node_of(&key),
         name: settings.name.clone(),
         zone: settings.zone.clone(),
-        key: network.key_hash(),
+        key,
         addresses: advertised(settings, network, &[]),
         capacity: settings.capacity.0,
         state: MemberState::Active,

@@ -35,7 +35,9 @@ impl Transport for Peers {
         self.network.call(to, service, payload, deadline).await.map_err(|error| match error {
             NetError::Refused(why) => TransportError::Refused(why),
             NetError::Deadline => TransportError::Deadline,
-            other => TransportError::Unreachable(other.to_string()),
+            NetError::TooLong => TransportError::TooLong,
+            NetError::Closed => TransportError::Closed,
+            NetError::Unreachable | NetError::Busy | NetError::Identity(_) | NetError::Bind { .. } => TransportError::Unreachable,
         })
     }
 
@@ -47,8 +49,10 @@ impl Transport for Peers {
 fn peer_error(error: NetError) -> PeerError {
     match error {
         NetError::Refused(why) if why == FULL => PeerError::Full,
-        NetError::Refused(why) => PeerError::Refused(why),
-        other => PeerError::Unreachable(other.to_string()),
+        NetError::Refused(why) => PeerError::Failed(why),
+        NetError::Unreachable | NetError::Closed => PeerError::Unreachable,
+        NetError::Deadline => PeerError::Deadline,
+        other => PeerError::Failed(other.to_string()),
     }
 }
 

@@ -246,6 +246,26 @@ impl Problem {
         Self::new(Code::NoSuchServer, format!("the cluster has no server named {name}")).try_next("ctfs nodes")
     }
 
+    pub fn metadata(why: &str) -> Self {
+        Self::new(Code::StateDamaged, "the metadata of this server cannot be used")
+            .why(why)
+            .try_next("if the other servers are healthy: ctfs node remove THIS-SERVER on one of them, move the state directory away, join again")
+    }
+
+    pub fn chunk_store(why: &str) -> Self {
+        Self::new(Code::StateDamaged, "the chunk store of this server cannot be used").why(why)
+    }
+
+    pub fn not_flushed(why: &str) -> Self {
+        Self::new(Code::WouldLoseData, "not everything written here could be stored on the servers")
+            .why(why)
+            .try_next("bring a majority of the servers back, then try again")
+    }
+
+    pub fn last_server() -> Self {
+        Self::new(Code::WouldLoseData, "this is the only server; removing it would lose everything").try_next("ctfs down")
+    }
+
     pub fn mount_failed(path: &Path, why: &str) -> Self {
         Self::new(Code::MountFailed, format!("cannot mount on {}", path.display())).why(why)
     }

@@ -14,11 +14,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_chunk::{ChunkStore, Chunks, Ensured};
+use ctfs_chunk::{ChunkStore, Chunks, Deleted, Ensured, Released};
 use ctfs_meta::SharedNamespace;
 use ctfs_types::ChunkId;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
+
+use crate::stop;
 
 /// A whole walk without any reason: a missed event is noticed after this long.
 const WALK_EVERY: Duration = Duration::from_secs(600);
@@ -34,7 +36,7 @@ const WANTED_MAX: usize = 100_000;
 pub struct Repair {
     replica: SharedNamespace,
     store: Arc<ChunkStore>,
-    chunks: Arc<Chunks>,
+    chunks: Chunks,
     wanted: Mutex<BTreeSet<(Instant, ChunkId)>>,
     walk: AtomicBool,
     wake: Notify,
@@ -54,7 +56,7 @@ pub struct Progress {
 }
 
 impl Repair {
-    pub fn new(replica: SharedNamespace, store: Arc<ChunkStore>, chunks: Arc<Chunks>) -> Arc<Self> {
+    pub fn new(replica: SharedNamespace, store: Arc<ChunkStore>, chunks: Chunks) -> Arc<Self> {
         Arc::new(Self {
             replica,
             store,
@@ -93,7 +95,7 @@ impl Repair {
                 tokio::select! {
                     () = tokio::time::sleep_until(until.into()) => {}
                     () = self.wake.notified() => {}
-                    _ = stop.wait_for(|&stop| stop) => return,
+                    () = stop::requested(&mut stop) => return,
                 }
             }
             let work = async {
@@ -105,7 +107,7 @@ impl Repair {
             };
             tokio::select! {
                 () = work => {}
-                _ = stop.wait_for(|&stop| stop) => return,
+                () = stop::requested(&mut stop) => return,
             }
         }
     }
@@ -129,7 +131,7 @@ impl Repair {
             // Whoever should have had the chunk is unreachable: try again later, not at once.
             let mut wanted = self.wanted.lock();
             let later = now + Duration::from_secs(30);
-            wanted.extend(records.iter().filter(|(id, _)| !self.store.has_quietly(id)).map(|(id, _)| (later, *id)).take(WANTED_MAX));
+            wanted.extend(records.iter().filter(|(id, _)| !self.store.holds(id)).map(|(id, _)| (later, *id)).take(WANTED_MAX));
         }
     }
 
@@ -183,7 +185,7 @@ impl Repair {
                     }
                     Ok(Ensured::AlreadyHere) => 0,
                     Ok(Ensured::NotMine) => {
-                        if self.store.has_quietly(&id) && self.chunks.release_surplus(id, copies).await.is_dropped() {
+                        if self.store.holds(&id) && matches!(self.chunks.release_surplus(id, copies).await, Ok(Released::Released)) {
                             self.progress.dropped.fetch_add(1, Relaxed);
                         }
                         0
@@ -211,7 +213,7 @@ impl Repair {
                 ids.into_iter().filter(|id| matches!(replica.chunk(id), Ok(None))).collect()
             };
             for id in unknown {
-                if self.store.delete(id).await.is_ok_and(|deleted| deleted) {
+                if matches!(self.store.delete(&id).await, Ok(Deleted::Deleted)) {
                     self.progress.dropped.fetch_add(1, Relaxed);
                 }
             }

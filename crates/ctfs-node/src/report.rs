@@ -9,16 +9,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_chunk::{ChunkStore, copies_for, tier::CacheTier};
+use ctfs_chunk::{ChunkStore, Placement};
 use ctfs_consensus::Consensus;
 use ctfs_meta::MemberState;
 use ctfs_net::Network;
 use ctfs_types::NodeId;
-use ctfs_vfs::SpaceReport;
+use ctfs_vfs::{SpaceReport, Vfs};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::{
+    stop,
     messages::{self, ServerFigures, service},
     repair::Repair,
 };
@@ -33,7 +34,7 @@ pub struct Figures {
     network: Network,
     consensus: Consensus,
     store: Arc<ChunkStore>,
-    tier: Arc<CacheTier>,
+    vfs: OnceLock<Arc<Vfs>>,
     node: NodeId,
     repair: OnceLock<Arc<Repair>>,
     others: Mutex<BTreeMap<NodeId, (Instant, ServerFigures)>>,
@@ -41,12 +42,12 @@ pub struct Figures {
 }
 
 impl Figures {
-    pub fn new(network: Network, consensus: Consensus, store: Arc<ChunkStore>, tier: Arc<CacheTier>, node: NodeId) -> Arc<Self> {
+    pub fn new(network: Network, consensus: Consensus, store: Arc<ChunkStore>, node: NodeId) -> Arc<Self> {
         let figures = Self {
             network,
             consensus,
             store,
-            tier,
+            vfs: OnceLock::new(),
             node,
             repair: OnceLock::new(),
             others: Mutex::default(),
@@ -60,14 +61,19 @@ impl Figures {
         assert!(self.repair.set(repair).is_ok(), "repair starts once");
     }
 
+    pub fn watch_cache(&self, vfs: Arc<Vfs>) {
+        assert!(self.vfs.set(vfs).is_ok(), "the file system starts once");
+    }
+
     /// This server's own figures.
     pub fn local(&self) -> ServerFigures {
-        let (cache, store) = (self.tier.usage(), self.store.usage());
+        let cache = self.vfs.get().map(|vfs| vfs.content().usage()).unwrap_or_default();
+        let store = self.store.usage();
         ServerFigures {
             applied: self.consensus.applied().borrow().0,
             cache_used: cache.clean + cache.dirty,
             cache_limit: cache.limit,
-            store_used: store.stored_bytes,
+            store_used: store.stored,
             store_capacity: store.capacity,
             store_free: store.free,
             chunks: store.chunks,
@@ -90,7 +96,7 @@ impl Figures {
         loop {
             tokio::select! {
                 () = tokio::time::sleep(GATHER_EVERY) => {}
-                _ = stop.wait_for(|&stop| stop) => return,
+                () = stop::requested(&mut stop) => return,
             }
             self.gather().await;
             self.count_space();
@@ -125,7 +131,7 @@ impl Figures {
             free.push(figures.store_free);
         }
         drop(others);
-        let copies = copies_for(0, free.len()).max(1);
+        let copies = Placement::copies_for(0, free.len()).max(1);
         let available = logical_bytes_free(&free, copies);
         let taken = used.iter().sum::<u64>() / copies as u64;
         *self.space.lock() = SpaceReport { total: taken + available, free: available, available, files: FREE_FILES };

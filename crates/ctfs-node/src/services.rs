@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use ctfs_chunk::{ChunkStore, Chunks, wire};
+use ctfs_chunk::{ChunkStore, Chunks, PeerError, wire};
 use ctfs_consensus::Consensus;
 use ctfs_net::Handler;
 use ctfs_types::{ChunkId, NodeId, limits::CHUNK_BYTES_MAX};
@@ -31,9 +31,9 @@ const STARTING: &str = "server is starting";
 #[derive(Default)]
 pub struct Services {
     consensus: OnceLock<Consensus>,
-    chunks: OnceLock<(Arc<ChunkStore>, Arc<Chunks>)>,
+    chunks: OnceLock<(Arc<ChunkStore>, Chunks)>,
     vfs: OnceLock<Arc<Vfs>>,
-    doorman: OnceLock<Doorman>,
+    doorman: OnceLock<Arc<Doorman>>,
     membership: OnceLock<Arc<Membership>>,
     figures: OnceLock<Arc<Figures>>,
     heard: Mutex<HashMap<NodeId, Heard>>,
@@ -51,7 +51,7 @@ impl Services {
         assert!(self.consensus.set(consensus).is_ok(), "consensus starts once");
     }
 
-    pub fn serve_chunks(&self, store: Arc<ChunkStore>, chunks: Arc<Chunks>) {
+    pub fn serve_chunks(&self, store: Arc<ChunkStore>, chunks: Chunks) {
         assert!(self.chunks.set((store, chunks)).is_ok(), "the chunk store starts once");
     }
 
@@ -59,7 +59,7 @@ impl Services {
         assert!(self.vfs.set(vfs).is_ok(), "the file system starts once");
     }
 
-    pub fn serve_cluster(&self, doorman: Doorman, membership: Arc<Membership>, figures: Arc<Figures>) {
+    pub fn serve_cluster(&self, doorman: Arc<Doorman>, membership: Arc<Membership>, figures: Arc<Figures>) {
         assert!(self.doorman.set(doorman).is_ok(), "the cluster services start once");
         assert!(self.membership.set(membership).is_ok(), "the cluster services start once");
         assert!(self.figures.set(figures).is_ok(), "the cluster services start once");
@@ -130,7 +130,7 @@ impl Handler for Services {
                 let bytes = wire::unpack(&body, CHUNK_BYTES_MAX).map_err(|error| error.to_string())?;
                 match chunks.serve_put(id, bytes).await {
                     Ok(()) => Ok((Vec::new(), Bytes::new())),
-                    Err(ctfs_chunk::StoreError::Full { .. }) => Err(FULL.to_owned()),
+                    Err(PeerError::Full) => Err(FULL.to_owned()),
                     Err(error) => Err(error.to_string()),
                 }
             }
