@@ -43,7 +43,7 @@ fn help_lists_every_verb_and_exits_0() {
         assert!(stdout(&output).contains(&format!("\n  {verb} ")), "{verb}");
         assert_eq!(ctfs(dir.path(), &[verb, "--help"]).status.code(), Some(0), "{verb}");
     }
-    assert!(!stdout(&output).contains("daemon "));
+    assert!(!stdout(&output).contains("\n  daemon"), "the daemon verb is not for people");
 }
 
 #[test]
@@ -116,8 +116,8 @@ fn up_refuses_a_path_it_cannot_mount_on_before_anything_is_created() {
 #[test]
 fn a_bad_token_is_named_as_such_wherever_it_comes_from() {
     let dir = tempfile::tempdir().unwrap();
-    let mount = dir.path().join("mnt");
-    let mount = mount.to_str().unwrap();
+    // Not mountable either: should a bad token ever pass, no server comes of it.
+    let mount = "/proc";
     let file = dir.path().join("token");
     fs::write(&file, "hello\n").unwrap();
     for token in ["hello", "ctfs1-", "ctfs1-zzzz", "-", &format!("@{}", file.display())] {
@@ -125,7 +125,7 @@ fn a_bad_token_is_named_as_such_wherever_it_comes_from() {
         assert_fails(&output, 2, "E0110");
     }
     assert_fails(&ctfs(dir.path(), &["up", mount, "--join", "@/does/not/exist"]), 1, "E0100");
-    assert!(!Path::new(mount).exists() && !dir.path().join("state").exists());
+    assert!(!dir.path().join("state").exists());
 }
 
 #[test]

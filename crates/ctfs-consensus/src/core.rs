@@ -1,7 +1,7 @@
 //! What the tasks of one server's consensus share, and the few questions all of them ask.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -51,24 +51,38 @@ pub(crate) struct Lease {
     pub from: LogIndex,
 }
 
+/// How long a request that was asked more than once stays open: a copy of it may still be on its
+/// way, and must find its verdict remembered.
+const STRAY_COPIES: Duration = Duration::from_secs(60);
+
 /// Numbers the commands of this life and remembers which are still under way.
 #[derive(Debug, Default)]
 pub(crate) struct Numbers {
     last: u64,
     open: BTreeSet<u64>,
+    /// Ended, but copies may be about; oldest first.
+    stray: VecDeque<(Instant, u64)>,
 }
 
 impl Numbers {
     /// The next `seq`, and the `answered` that goes with it.
-    pub fn take(&mut self) -> (u64, u64) {
+    pub fn take(&mut self, now: Instant) -> (u64, u64) {
+        while let Some((_, seq)) = self.stray.pop_front_if(|(until, _)| *until <= now) {
+            self.open.remove(&seq);
+        }
         self.last += 1;
         self.open.insert(self.last);
         let oldest = self.open.first().copied().unwrap_or(self.last);
         (self.last, oldest - 1)
     }
 
-    pub fn done(&mut self, seq: u64) {
-        self.open.remove(&seq);
+    /// The request has ended; `once` if there is no copy of it anywhere any more.
+    pub fn done(&mut self, seq: u64, once: bool, now: Instant) {
+        if once {
+            self.open.remove(&seq);
+        } else {
+            self.stray.push_back((now + STRAY_COPIES, seq));
+        }
     }
 }
 
@@ -272,15 +286,25 @@ mod tests {
 
     #[test]
     fn answered_stays_below_the_oldest_open_request() {
-        let mut numbers = Numbers::default();
-        assert_eq!(numbers.take(), (1, 0));
-        assert_eq!(numbers.take(), (2, 0));
-        numbers.done(2);
-        assert_eq!(numbers.take(), (3, 0));
-        numbers.done(1);
-        assert_eq!(numbers.take(), (4, 2));
-        numbers.done(3);
-        numbers.done(4);
-        assert_eq!(numbers.take(), (5, 4));
+        let (mut numbers, now) = (Numbers::default(), Instant::now());
+        assert_eq!(numbers.take(now), (1, 0));
+        assert_eq!(numbers.take(now), (2, 0));
+        numbers.done(2, true, now);
+        assert_eq!(numbers.take(now), (3, 0));
+        numbers.done(1, true, now);
+        assert_eq!(numbers.take(now), (4, 2));
+        numbers.done(3, true, now);
+        numbers.done(4, true, now);
+        assert_eq!(numbers.take(now), (5, 4));
+    }
+
+    #[test]
+    fn a_request_asked_twice_keeps_its_verdict_a_while() {
+        let (mut numbers, now) = (Numbers::default(), Instant::now());
+        numbers.take(now);
+        numbers.done(1, false, now);
+        assert_eq!(numbers.take(now), (2, 0));
+        numbers.done(2, true, now);
+        assert_eq!(numbers.take(now + STRAY_COPIES), (3, 2));
     }
 }

@@ -30,6 +30,8 @@ pub mod snapshot;
 mod state_dir;
 pub mod status;
 pub mod storage;
+#[cfg(test)]
+mod tests;
 pub mod versioned;
 mod visibility;
 

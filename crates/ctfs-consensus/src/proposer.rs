@@ -52,11 +52,13 @@ pub(crate) enum Outcome {
 struct Number<'a> {
     core: &'a Core,
     seq: u64,
+    /// The only copy there was has been answered.
+    once: bool,
 }
 
 impl Drop for Number<'_> {
     fn drop(&mut self) {
-        self.core.numbers.lock().done(self.seq);
+        self.core.numbers.lock().done(self.seq, self.once, Instant::now());
     }
 }
 
@@ -69,8 +71,8 @@ impl Core {
         let Ok(place) = timeout_at(deadline, self.places.acquire()).await else { return Err(no_quorum()) };
         let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
 
-        let (seq, answered) = self.numbers.lock().take();
-        let _number = Number { core: self, seq };
+        let (seq, answered) = self.numbers.lock().take(started);
+        let mut number = Number { core: self, seq, once: true };
         let request = RequestId { client: self.settings.incarnation.0, seq };
         let command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op };
         let bytes = encoded_bytes(&command);
@@ -83,11 +85,18 @@ impl Core {
                 return Err(stopped);
             }
             let leader = self.leader();
-            if let Some(leader) = leader
-                && let Outcome::Answered(answer) = self.attempt(leader, &command, bytes, deadline).await
-            {
-                self.raise_visible(answer.index);
-                return if self.await_applied(answer.index, deadline).await { Ok(answer.verdict) } else { Err(no_quorum()) };
+            if let Some(leader) = leader {
+                let first = std::mem::replace(&mut number.once, false);
+                match self.attempt(leader, &command, bytes, deadline).await {
+                    Outcome::Answered(answer) => {
+                        number.once = first;
+                        self.raise_visible(answer.index);
+                        let applied = self.await_applied(answer.index, deadline).await;
+                        return if applied { Ok(answer.verdict) } else { Err(no_quorum()) };
+                    }
+                    Outcome::NotLeader => number.once = first,
+                    Outcome::Unsure => {}
+                }
             }
             self.await_other_leader(leader, deadline).await;
         }

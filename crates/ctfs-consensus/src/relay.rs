@@ -56,7 +56,7 @@ impl Relay {
 }
 
 impl Observer for Relay {
-    fn applied(&self, index: LogIndex, changes: Vec<Change>) {
+    fn applied(&self, index: LogIndex, changes: Vec<(u64, Change)>) {
         let mut last = self.last.lock();
         *last = index.max(*last);
         self.inner.applied(index, changes);

@@ -42,7 +42,7 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
 /// One server's part in the replicated log. Clones are the same server.
 #[derive(Clone)]
 pub struct Consensus {
-    core: Arc<Core>,
+    pub(crate) core: Arc<Core>,
     tasks: Arc<Tasks>,
 }
 

@@ -15,6 +15,9 @@ pub mod member;
 pub mod namespace;
 pub mod store;
 
+#[cfg(test)]
+mod tests;
+
 pub use command::{
     Cell, CellWrite, Change, ClusterIdentity, Command, EffectivePolicy, Lock, LockKind, LockOwner, NewContent, NewNode,
     Op, RenameMode, Reply, SetAttr, XattrMode,

@@ -3,7 +3,7 @@
 //! Every message is a codec record of version 1; the service number says which.
 
 use ctfs_meta::{ClusterIdentity, Member};
-use ctfs_types::{ChunkId, Ino, LogIndex, codec};
+use ctfs_types::{Ino, LogIndex, codec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Service numbers; the high byte picks the stream, so that classes do not wait for each other.

@@ -7,6 +7,10 @@
 //! Reading order: [`access`] (what is needed from outside), [`error`] and [`errno`] (how it fails),
 //! [`vfs`] (the operations), [`content`] (bytes), [`handles`] and [`waiters`] (what is open, who waits).
 
+// The tests' cluster in memory is shared with `ctfs-fuse`, so it names this crate from outside.
+#[cfg(test)]
+extern crate self as ctfs_vfs;
+
 pub mod access;
 pub mod caller;
 pub mod content;

@@ -12,6 +12,9 @@ mod locks;
 mod names;
 mod xattrs;
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 
 use std::{
     collections::HashMap,

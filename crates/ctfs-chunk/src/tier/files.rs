@@ -82,7 +82,8 @@ impl Files {
         }
     }
 
-    pub(super) fn open_count(&self) -> usize {
+    #[cfg(test)]
+    fn open_count(&self) -> usize {
         self.open.lock().files.len()
     }
 
