@@ -1,0 +1,206 @@
+//! What is mounted where, and whether a path may be mounted on.
+//!
+//! Everything here looks before anything is created.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+};
+
+use ctfs_node::problem::{Code, Problem};
+
+/// One line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mounted {
+    pub path: PathBuf,
+    pub fstype: String,
+    pub source: String,
+}
+
+impl Mounted {
+    /// Whether a ctfs daemon made it.
+    pub fn is_ctfs(&self) -> bool {
+        self.fstype == "fuse.ctfs" || self.fstype == "fuse" && (self.source == "ctfs" || self.source.starts_with("ctfs:"))
+    }
+}
+
+/// What is mounted on exactly `path`, the topmost.
+pub fn mounted_on(path: &Path) -> Result<Option<Mounted>, Problem> {
+    let table = fs::read("/proc/self/mountinfo").map_err(|error| Problem::io("read /proc/self/mountinfo", &error))?;
+    Ok(parse(&table).into_iter().rev().find(|mounted| mounted.path == path))
+}
+
+fn parse(table: &[u8]) -> Vec<Mounted> {
+    let line = |line: &[u8]| {
+        let mut fields = line.split(|&b| b == b' ');
+        let path = unescape(fields.nth(4)?);
+        // Any number of optional fields, then a lone dash.
+        fields.find(|field| *field == b"-")?;
+        let fstype = String::from_utf8_lossy(fields.next()?).into_owned();
+        let source = String::from_utf8_lossy(&unescape(fields.next()?)).into_owned();
+        Some(Mounted { path: PathBuf::from(OsString::from_vec(path)), fstype, source })
+    };
+    table.split(|&b| b == b'\n').filter_map(line).collect()
+}
+
+/// The kernel writes space, tab, newline and backslash as three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        match (first, tail) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', tail @ ..]) => {
+                bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+                rest = tail;
+            }
+            _ => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    bytes
+}
+
+/// Whether `path` is a mount whose daemon is dead: every access answers ENOTCONN.
+pub fn is_dead(path: &Path) -> bool {
+    matches!(rustix::fs::stat(path), Err(rustix::io::Errno::NOTCONN))
+}
+
+/// Takes a dead ctfs mount off `path`, if there is one. Nothing can be lost: nobody serves it.
+///
+/// Returns whether there was one.
+pub fn detach_dead(path: &Path) -> Result<bool, Problem> {
+    if !is_dead(path) || !mounted_on(path)?.is_some_and(|mounted| mounted.is_ctfs()) {
+        return Ok(false);
+    }
+    rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)
+        .map_err(|error| Problem::io(&format!("take the dead mount off {}", path.display()), &io::Error::from(error)))?;
+    Ok(true)
+}
+
+/// Whether `path` can be mounted on: missing, or an empty directory with nothing mounted, and
+/// apart from the `others` (state and cache directory).
+///
+/// # Errors
+/// E0101, E0102, E0103 or E0120.
+pub fn validate(path: &Path, others: &[&Path]) -> Result<(), Problem> {
+    let shown = path.display();
+    let place = resolved(path);
+    for other in others {
+        let other = resolved(other);
+        if place.starts_with(&other) || other.starts_with(&place) {
+            return Err(Problem::new(Code::PathsOverlap, format!("{shown} and {} lie inside each other", other.display()))
+                .why("the file system would be kept inside itself")
+                .try_next("choose another directory to mount on, or other --state and --cache-dir"));
+        }
+    }
+    if let Some(mounted) = mounted_on(&place)? {
+        return Err(Problem::new(Code::AlreadyMounted, format!("{shown} is a mount point already"))
+            .why(format!("{} of type {} is mounted there", mounted.source, mounted.fstype))
+            .try_next("choose another directory")
+            .try_next(format!("umount {shown}")));
+    }
+    match fs::metadata(&place) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return Err(Problem::new(Code::NotADirectory, format!("{shown} cannot be a directory")).why("a part of the path is a file"));
+        }
+        Err(error) => return Err(Problem::io(&format!("look at {shown}"), &error)),
+        Ok(meta) if !meta.is_dir() => {
+            return Err(Problem::new(Code::NotADirectory, format!("{shown} is not a directory"))
+                .try_next("name an empty directory, or one that does not exist yet"));
+        }
+        Ok(_) => {}
+    }
+    let mut entries = fs::read_dir(&place).map_err(|error| Problem::io(&format!("look into {shown}"), &error))?;
+    if entries.next().is_some() {
+        return Err(Problem::new(Code::NotEmpty, format!("{shown} is not empty"))
+            .why("its files would be hidden under the mount")
+            .try_next(format!("mv {shown} {shown}.old    then run this again, and copy the files in")));
+    }
+    Ok(())
+}
+
+/// `path` without symlinks as far as it exists, so that two spellings of one place are seen.
+pub fn resolved(path: &Path) -> PathBuf {
+    for ancestor in path.ancestors() {
+        if let Ok(real) = ancestor.canonicalize() {
+            return match path.strip_prefix(ancestor) {
+                Ok(rest) if !rest.as_os_str().is_empty() => real.join(rest),
+                _ => real,
+            };
+        }
+    }
+    path.to_owned()
+}
+
+/// Bytes free for use in the file system that holds `path`, which need not exist yet.
+pub fn free_bytes(path: &Path) -> Result<u64, Problem> {
+    let existing = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let stat = rustix::fs::statvfs(existing)
+        .map_err(|error| Problem::io(&format!("ask for the free space of {}", existing.display()), &io::Error::from(error)))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_is_read_with_escapes_and_any_number_of_optional_fields() {
+        let table = b"22 1 0:21 / / rw,relatime shared:1 master:2 - ext4 /dev/sda1 rw\n\
+                      90 22 0:50 / /srv/my\\040data rw - fuse.ctfs ctfs:brave\\040otter rw,user_id=0\n\
+                      short line\n";
+        let mounts = parse(table);
+        assert_eq!(mounts.len(), 2);
+        assert_eq!(mounts[1].path, Path::new("/srv/my data"));
+        assert_eq!(mounts[1].source, "ctfs:brave otter");
+        assert!(mounts[1].is_ctfs() && !mounts[0].is_ctfs());
+    }
+
+    #[test]
+    fn an_escape_that_is_none_stays_as_it_is() {
+        assert_eq!(unescape(b"a\\134b\\9\\04"), b"a\\b\\9\\04");
+    }
+
+    fn code(path: &Path, others: &[&Path]) -> String {
+        validate(path, others).unwrap_err().code
+    }
+
+    #[test]
+    fn only_an_empty_or_missing_directory_is_accepted() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        validate(&root.join("missing/deep"), &[]).unwrap();
+        fs::create_dir(root.join("empty")).unwrap();
+        validate(&root.join("empty"), &[]).unwrap();
+        fs::write(root.join("file"), "x").unwrap();
+        assert_eq!(code(&root.join("file"), &[]), "E0101");
+        assert_eq!(code(&root.join("file/below"), &[]), "E0101");
+        assert_eq!(code(root, &[]), "E0102");
+        assert_eq!(code(Path::new("/proc"), &[]), "E0103");
+    }
+
+    #[test]
+    fn a_mount_point_around_or_inside_the_state_is_refused_however_it_is_spelled() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        assert_eq!(code(&state.join("mnt"), &[&state]), "E0120");
+        assert_eq!(code(dir.path(), &[&state]), "E0120");
+        fs::create_dir(&state).unwrap();
+        std::os::unix::fs::symlink(&state, dir.path().join("link")).unwrap();
+        assert_eq!(code(&dir.path().join("link/mnt"), &[&state]), "E0120");
+        validate(&dir.path().join("state2"), &[&state]).unwrap();
+    }
+
+    #[test]
+    fn a_living_directory_is_not_a_dead_mount() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_dead(dir.path()));
+        assert!(!detach_dead(dir.path()).unwrap());
+        assert!(free_bytes(&dir.path().join("not/yet")).unwrap() > 0);
+    }
+}

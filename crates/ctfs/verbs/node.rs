@@ -1,0 +1,57 @@
+//! `ctfs node remove`: a server that does not come back.
+
+use std::io::{BufRead, IsTerminal};
+
+use clap::{Args, Subcommand};
+use ctfs_node::{
+    admin::Request,
+    problem::{Code, Problem, exit},
+};
+
+use crate::{Context, errors::Outcome};
+
+/// Change the list of servers
+#[derive(Debug, Args)]
+pub struct Node {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Remove a server for good: its key is never accepted again
+    ///
+    /// Its chunks are copied from where they still are. A server whose disk is lost is removed
+    /// the same way. To come back it joins as a new server, with an empty state directory.
+    Remove {
+        /// Name, as `ctfs nodes` shows it
+        name: String,
+
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+impl Node {
+    pub fn run(self, context: &Context) -> Outcome {
+        let Verb::Remove { name, yes } = self.verb;
+        if !yes {
+            confirm(context, &format!("remove {name} from the cluster for good?"))?;
+        }
+        let done = super::ask_to(context, &Request::NodeRemove { name }, super::CHANGE)?;
+        super::say_done(context, &done);
+        Ok(exit::OK)
+    }
+}
+
+/// Asks on a terminal; elsewhere fails and names the flag.
+fn confirm(context: &Context, question: &str) -> Result<(), Problem> {
+    if !std::io::stdin().is_terminal() {
+        return Err(Problem::new(Code::NeedsAnswer, question).why("nobody sits at the terminal to answer").try_next("add --yes"));
+    }
+    context.ui.talk(&format!("{question} [y/N] "));
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer).map_err(|error| Problem::io("read the answer", &error))?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") { Ok(()) } else { Err(Problem::new(Code::NeedsAnswer, "nothing was done")) }
+}

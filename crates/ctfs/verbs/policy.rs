@@ -1,0 +1,109 @@
+//! `ctfs policy`: copies and chunk size of a directory.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use ctfs_node::{
+    admin::{PolicyReport, Request, Response},
+    problem::exit,
+};
+use ctfs_types::{ByteSize, CellSize};
+
+use crate::{Context, choices::Copies, errors::Outcome};
+
+/// Copies and chunk size of a directory
+#[derive(Debug, Args)]
+pub struct Policy {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Set a policy for everything below a directory that sets no other
+    ///
+    /// Copies concern what is there already, too; the chunk size only files made from now on.
+    #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs policy set /srv/data/db --copies 3\n  ctfs policy set /srv/data/video --chunk-size 8MiB")]
+    Set {
+        path: PathBuf,
+
+        /// Servers that hold each chunk: auto or a number
+        #[arg(long, value_name = "N", group = "what")]
+        copies: Option<Copies>,
+
+        /// Size of a chunk: a power of two, 256KiB to 8MiB
+        #[arg(long, value_name = "SIZE", value_parser = cell_size, group = "what")]
+        chunk_size: Option<CellSize>,
+    },
+    /// Show what is set and what is in force
+    Show {
+        path: PathBuf,
+
+        /// For machines
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn cell_size(text: &str) -> Result<CellSize, String> {
+    let size: ByteSize = text.parse().map_err(|error| format!("{error}"))?;
+    CellSize::from_bytes(size.0).ok_or_else(|| "a chunk is a power of two, 256KiB to 8MiB".into())
+}
+
+impl Policy {
+    pub fn run(self, context: &Context) -> Outcome {
+        let (request, json) = match self.verb {
+            Verb::Set { path, copies, chunk_size } => {
+                (Request::PolicySet { path: super::named(&path), copies: copies.map(Copies::number), cell: chunk_size }, false)
+            }
+            Verb::Show { path, json } => (Request::PolicyShow { path: super::named(&path) }, json),
+        };
+        match super::ask(context, &request, super::CHANGE)? {
+            Response::Policy(report) if json => context.ui.json(&report)?,
+            Response::Policy(report) => context.ui.print(&render(&report)),
+            _ => return Err(super::unexpected()),
+        }
+        Ok(exit::OK)
+    }
+}
+
+fn render(report: &PolicyReport) -> String {
+    let origin = |set: bool| if set { "set here" } else { "inherited" };
+    let copies = if report.copies == 0 { "auto".into() } else { report.copies.to_string() };
+    format!(
+        "{}\n  copies      {copies} ({}), now {}\n  chunk size  {} ({})\n",
+        report.path,
+        origin(report.copies_set.is_some()),
+        report.copies_now,
+        report.cell,
+        origin(report.cell_set.is_some()),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use ctfs_node::admin::WirePath;
+
+    use super::*;
+
+    #[test]
+    fn a_policy_says_what_is_in_force_and_where_it_comes_from() {
+        let report = PolicyReport {
+            path: WirePath("/srv/data/db".into()),
+            copies_set: Some(3),
+            cell_set: None,
+            copies: 3,
+            cell: ByteSize(1 << 20),
+            copies_now: 2,
+        };
+        assert_eq!(render(&report), "/srv/data/db\n  copies      3 (set here), now 2\n  chunk size  1.0 MiB (inherited)\n");
+    }
+
+    #[test]
+    fn a_chunk_size_is_a_power_of_two_in_range() {
+        assert!(cell_size("1MiB").is_ok() && cell_size("8MiB").is_ok() && cell_size("256KiB").is_ok());
+        for bad in ["3MiB", "16MiB", "4096", "x"] {
+            assert!(cell_size(bad).is_err(), "{bad}");
+        }
+    }
+}

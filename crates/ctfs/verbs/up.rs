@@ -1,0 +1,337 @@
+//! `ctfs up`: the whole installation on one server.
+
+use std::{
+    fs,
+    io::{self, Read},
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use ctfs_node::{
+    admin::{AdminClient, ClientError, Request, Response, ServerState, StatusReport, WirePath},
+    problem::{Code, Problem, exit},
+};
+
+use super::{ask, ask_to, launch};
+use crate::{
+    Context,
+    choices::{self, Choices, Copies, HostPort, Label, Share},
+    config, daemon,
+    errors::{Outcome, spelled},
+    mounts,
+    plan::{Memory, Plan, Sources, differences},
+    ui::counted,
+};
+
+/// A token is a line.
+const TOKEN_BYTES_MAX: u64 = 64 << 10;
+
+/// Start this server: create a cluster of one, join one, or come back
+///
+/// Safe to repeat. Choices are remembered: after a reboot, `ctfs up` alone brings the same
+/// server back. The join token can also come in the environment variable CTFS_TOKEN.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  ctfs up /srv/data                          a new cluster of one\n  ctfs up /srv/data --join ctfs1-k7q2...     join; `ctfs token` prints this line\n  ssh node1 ctfs token | ctfs up /srv/data --join -\n  ctfs up                                    the same server again, after a reboot")]
+pub struct Up {
+    /// Directory to mount on; created if missing
+    #[arg(value_parser = choices::absolute)]
+    path: Option<PathBuf>,
+
+    /// Join a cluster: a token, @FILE, or - for stdin
+    #[arg(long, value_name = "TOKEN|@FILE|-", help_heading = "Cluster")]
+    join: Option<String>,
+
+    /// Name of this server [default: host name]
+    #[arg(long, help_heading = "Cluster")]
+    name: Option<Label>,
+
+    /// Where it stands; copies are spread over zones first [default: default]
+    #[arg(long, help_heading = "Cluster")]
+    zone: Option<Label>,
+
+    /// UDP address to listen on [default: 0.0.0.0:7420]
+    #[arg(long, value_name = "ADDR:PORT", help_heading = "Network")]
+    listen: Option<SocketAddr>,
+
+    /// Address at which the others reach this server; may be repeated [default: its interfaces']
+    #[arg(long, value_name = "ADDR:PORT", help_heading = "Network")]
+    advertise: Vec<HostPort>,
+
+    /// Directory of the cache tier [default: STATE/cache]
+    #[arg(long, value_name = "DIR", value_parser = choices::absolute, help_heading = "Storage")]
+    cache_dir: Option<PathBuf>,
+
+    /// Most space the cache tier may take, e.g. 64GiB or 40% of what is free [default: 10%]
+    #[arg(long, value_name = "SIZE", help_heading = "Storage")]
+    cache_size: Option<Share>,
+
+    /// Most space this server's share of the chunks may take [default: 80%]
+    #[arg(long, value_name = "SIZE", help_heading = "Storage")]
+    capacity: Option<Share>,
+
+    /// Servers that hold each chunk, for a new cluster: auto or a number [default: auto]
+    #[arg(long, value_name = "N", help_heading = "Storage")]
+    copies: Option<Copies>,
+
+    /// Configuration file [default: /etc/ctfs/ctfs.toml if it exists]
+    #[arg(long, value_name = "FILE", value_parser = choices::absolute)]
+    config: Option<PathBuf>,
+
+    /// Serve in this process, for service managers
+    #[arg(long)]
+    foreground: bool,
+
+    /// Serve the other servers without mounting here
+    #[arg(long, conflicts_with = "path")]
+    no_mount: bool,
+}
+
+/// How this server came up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Came {
+    Created,
+    Joined,
+    Back,
+}
+
+impl Up {
+    pub fn run(self, context: &Context) -> Outcome {
+        let started = Instant::now();
+        let flags = self.choices();
+        match AdminClient::call(&context.state, &Request::Ping, Duration::from_secs(10)) {
+            Ok(_) if self.foreground => return Err(Problem::state_locked(&context.state)),
+            Ok(_) => return already(context, &flags, self.join.is_some()),
+            Err(ClientError::NotRunning) => {}
+            Err(error) => return Err(error.into_problem(&context.state)),
+        }
+        let memory = Memory::load(&context.state)?;
+        let came = match (&memory, &self.join) {
+            (Some(_), _) => Came::Back,
+            (None, Some(_)) => Came::Joined,
+            (None, None) if std::env::var_os("CTFS_TOKEN").is_some() => Came::Joined,
+            (None, None) => Came::Created,
+        };
+        let file = config::load(self.config.as_deref().or(memory.as_ref().and_then(|memory| Some(memory.config.as_ref()?.as_path()))))?;
+        let join = self.token(came)?;
+        let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let plan = Plan::new(&context.state, Sources { flags, file, memory, config: self.config, join, hostname })?;
+        prepare(&plan, context)?;
+
+        let say = || context.ui.print(&summary(came, &plan, status(context).as_ref(), started.elapsed(), &context.state));
+        if self.foreground {
+            return daemon::run(&plan, say);
+        }
+        launch::launch(&plan, context.ui)?;
+        say();
+        Ok(exit::OK)
+    }
+
+    fn choices(&self) -> Choices {
+        Choices {
+            mountpoint: self.path.clone().map(|path| WirePath(mounts::resolved(&path))),
+            no_mount: self.no_mount.then_some(true),
+            name: self.name.clone(),
+            zone: self.zone.clone(),
+            listen: self.listen,
+            advertise: (!self.advertise.is_empty()).then(|| self.advertise.clone()),
+            cache_dir: self.cache_dir.clone().map(WirePath),
+            cache_size: self.cache_size,
+            capacity: self.capacity,
+            copies: self.copies,
+            ..Default::default()
+        }
+    }
+
+    /// The token from wherever it is.
+    fn token(&self, came: Came) -> Result<Option<String>, Problem> {
+        let text = match self.join.as_deref() {
+            Some("-") => {
+                let mut text = String::new();
+                io::stdin().lock().take(TOKEN_BYTES_MAX).read_to_string(&mut text).map_err(|error| Problem::io("read the token from stdin", &error))?;
+                text
+            }
+            Some(text) => match text.strip_prefix('@') {
+                Some(file) => {
+                    let mut text = String::new();
+                    fs::File::open(file)
+                        .and_then(|file| file.take(TOKEN_BYTES_MAX).read_to_string(&mut text))
+                        .map_err(|error| Problem::io(&format!("read the token from {file}"), &error))?;
+                    text
+                }
+                None => text.to_owned(),
+            },
+            // In the environment of a service it is still there at the next boot, used up long since.
+            None if came == Came::Back => return Ok(None),
+            None => match std::env::var("CTFS_TOKEN") {
+                Ok(text) => text,
+                Err(_) => return Ok(None),
+            },
+        };
+        Ok(Some(token_in(&text)))
+    }
+}
+
+/// The token in a text that may be the whole line `ctfs token` printed.
+fn token_in(text: &str) -> String {
+    let words = || text.split_whitespace();
+    words().find(|word| word.starts_with("ctfs1-")).or_else(|| words().next()).unwrap_or_default().to_owned()
+}
+
+/// Checks the rest of what can be checked, and only then makes directories.
+fn prepare(plan: &Plan, context: &Context) -> Result<(), Problem> {
+    let state = plan.state();
+    if let Some(path) = plan.mountpoint() {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Problem::new(Code::PermissionDenied, "mounting needs root")
+                .try_next(format!("sudo ctfs up {}", path.display()))
+                .try_next("or serve the other servers only: ctfs up --no-mount"));
+        }
+        if mounts::detach_dead(path)? {
+            context.ui.talk(&format!("  took a dead mount off {}, left by a daemon that did not end in order\n", path.display()));
+        }
+        mounts::validate(path, &[state, &plan.cache_dir()])?;
+    }
+    match fs::metadata(state) {
+        Ok(meta) if !meta.is_dir() => {
+            return Err(Problem::new(Code::NotADirectory, format!("state directory {} is not a directory", state.display())));
+        }
+        Ok(_) => {}
+        Err(_) => {
+            let parent = state.parent().unwrap_or(Path::new("/"));
+            fs::create_dir_all(parent)
+                .and_then(|()| fs::DirBuilder::new().mode(0o700).create(state))
+                .map_err(|error| Problem::io(&format!("create the state directory {}", state.display()), &error))?;
+        }
+    }
+    if let Some(path) = plan.mountpoint() {
+        fs::create_dir_all(path).map_err(|error| Problem::io(&format!("create {}", path.display()), &error))?;
+    }
+    Ok(())
+}
+
+/// `up` while the daemon runs: nothing to do, unless something else is asked of it.
+fn already(context: &Context, flags: &Choices, token: bool) -> Outcome {
+    let memory = Memory::load(&context.state)?;
+    let effective = memory.map(|memory| memory.effective).unwrap_or_default();
+    let differing = differences(flags, &effective);
+    if !differing.is_empty() {
+        return Err(Problem::new(Code::ChoiceDiffers, "already up, with other choices")
+            .why(differing.join("\n"))
+            .try_next("leave the option out, or to change it: ctfs down, then this ctfs up again"));
+    }
+    let mut text = String::new();
+    let Response::Ping(ping) = ask(context, &Request::Ping, super::LOOK)? else { return Err(super::unexpected()) };
+    if ping.mountpoint.is_none() && effective.mountpoint.is_some() {
+        text += &format!("  {}\n", ask_to(context, &Request::Mount { path: None }, super::CHANGE)?.message);
+    } else {
+        let place = ping.mountpoint.map_or("without a mount".into(), |path| format!("on {path}"));
+        let cluster = status(context).map(|status| format!(" in cluster {}", status.cluster_name)).unwrap_or_default();
+        text += &format!("  already up {place}{cluster}\n");
+    }
+    if token {
+        text += "  note  it is a member already: the token was not used.\n";
+    }
+    text += &format!("  next  {}\n", spelled("ctfs status", &context.state));
+    context.ui.print(&text);
+    Ok(exit::OK)
+}
+
+/// The status, if the daemon can say it now; what `up` did stands either way.
+fn status(context: &Context) -> Option<StatusReport> {
+    match AdminClient::call(&context.state, &Request::Status, super::LOOK) {
+        Ok(Response::Status(status)) => Some(status),
+        _ => None,
+    }
+}
+
+fn summary(came: Came, plan: &Plan, status: Option<&StatusReport>, took: Duration, state: &Path) -> String {
+    let line = |left: String, right: String| format!("  {left:<42} {right}").trim_end().to_owned() + "\n";
+    let next = |command: &str, what: &str| format!("  next  {:<36} {what}", spelled(command, state)).trim_end().to_owned() + "\n";
+    let total = status.map_or(0, |status| status.servers.len());
+    let alive = status.map_or(0, |status| status.servers.iter().filter(|server| server.state == ServerState::Up).count());
+    let cluster = match status {
+        Some(status) if came == Came::Created => format!("cluster {}", status.cluster_name),
+        Some(status) => format!("{} ({alive} of {total} alive)", status.cluster_name),
+        None if came == Came::Created => "a cluster".into(),
+        None => "the cluster".into(),
+    };
+    let verb = match came {
+        Came::Created => "created",
+        Came::Joined => "joined",
+        Came::Back => "back in",
+    };
+    let mut text = line(format!("{verb} {cluster}"), format!("state in {}", plan.state));
+    let peers = status.into_iter().flat_map(|status| &status.servers).filter(|server| server.connected.is_some());
+    for peer in peers.take(8) {
+        let rtt = peer.rtt_ms.map(|rtt| format!(", rtt {rtt:.1} ms")).unwrap_or_default();
+        let mtu = peer.mtu.map(|mtu| format!(", mtu {mtu}")).unwrap_or_default();
+        text += &line(format!("connected to {}", peer.name), format!("{}{rtt}{mtu}", peer.connected.as_deref().unwrap_or_default()));
+    }
+    text += &line(format!("cache of {}", plan.memory.cache_bytes), format!("in {}", plan.cache_dir().display()));
+    text += &match plan.mountpoint() {
+        Some(path) => line(format!("mounted {}", path.display()), format!("ready in {:.1} s", took.as_secs_f64())),
+        None => line("serving without a mount".into(), format!("ready in {:.1} s", took.as_secs_f64())),
+    };
+    text += &match total {
+        0 => next("ctfs status", ""),
+        1 => {
+            "  note  1 server = 1 copy: losing this disk loses the data.\n".to_owned()
+                + &next("ctfs token", "prints the line for the next server")
+        }
+        2 => "  next  add a third server so that one may fail: metadata needs 2 of 3 to agree.\n".to_owned(),
+        _ => next("ctfs status", &format!("shows all {}", counted(total as u64, "server"))),
+    };
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verbs::status::tests::report;
+
+    fn plan() -> Plan {
+        let flags = Choices {
+            mountpoint: Some(WirePath("/srv/data".into())),
+            cache_size: Some(Share::Bytes(ctfs_types::ByteSize(12 << 30))),
+            ..Default::default()
+        };
+        let sources = Sources { flags, file: Choices::default(), memory: None, config: None, join: None, hostname: "node1".into() };
+        Plan::new(Path::new(crate::STATE_DEFAULT), sources).unwrap()
+    }
+
+    #[test]
+    fn the_first_up_says_what_it_did_and_what_to_type() {
+        let mut status = report();
+        status.servers.truncate(1);
+        let text = summary(Came::Created, &plan(), Some(&status), Duration::from_millis(1840), Path::new(crate::STATE_DEFAULT));
+        assert_eq!(
+            text,
+            "  created cluster brave-otter                state in /var/lib/ctfs\n\
+             \x20 cache of 12.0 GiB                          in /var/lib/ctfs/cache\n\
+             \x20 mounted /srv/data                          ready in 1.8 s\n\
+             \x20 note  1 server = 1 copy: losing this disk loses the data.\n\
+             \x20 next  ctfs token                           prints the line for the next server\n"
+        );
+    }
+
+    #[test]
+    fn a_joiner_sees_its_peers_and_their_paths() {
+        let mut status = report();
+        status.servers.truncate(2);
+        let text = summary(Came::Joined, &plan(), Some(&status), Duration::from_secs(2), Path::new("/tmp/b"));
+        assert!(text.contains("joined brave-otter (2 of 2 alive)"), "{text}");
+        assert!(text.contains("connected to node2                         10.9.0.2:7420, rtt 82.0 ms, mtu 1437\n"), "{text}");
+        assert!(text.contains("add a third server"), "{text}");
+    }
+
+    #[test]
+    fn a_token_is_found_in_the_line_that_printed_it() {
+        assert_eq!(token_in("sudo ctfs up /srv/data --join ctfs1-abc\n"), "ctfs1-abc");
+        assert_eq!(token_in(" ctfs1-abc\n"), "ctfs1-abc");
+        assert_eq!(token_in("hello"), "hello");
+        assert_eq!(token_in("\n"), "");
+    }
+}
