@@ -1,0 +1,119 @@
+//! Background work: flushing what is old or much, and dropping what is gone.
+
+use std::{
+    sync::{Arc, Weak, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Notify;
+use tracing::warn;
+
+use super::{Inode, Shared, flush::Cut};
+
+/// How often the background looks around unasked.
+const TICK: Duration = Duration::from_millis(500);
+/// After a failed background flush: the first pause, doubled each time up to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+const RETRY_LAST: Duration = Duration::from_secs(30);
+/// Unflushed bytes over this share of the tier (one in so many) are flushed whatever their age.
+/// Writers wait from one half on.
+const PRESSURE_SHARE: u64 = 4;
+/// Inodes kept in memory although nobody has them open, before they are looked through.
+const IDLE_INODES_MAX: usize = 4096;
+
+/// Runs until the contents are closed or dropped.
+pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
+    loop {
+        let _ = tokio::time::timeout(TICK, kick.notified()).await;
+        let Some(shared) = shared.upgrade() else { return };
+        if shared.closed.load(Relaxed) {
+            return;
+        }
+        shared.drop_reaped();
+        shared.start_flushes();
+        shared.drop_idle();
+    }
+}
+
+impl Shared {
+    fn drop_reaped(&self) {
+        let reaped = std::mem::take(&mut *self.reaped.lock());
+        for ino in reaped {
+            self.forget(ino);
+        }
+    }
+
+    /// Starts the flushes that are due. Each inode has at most one, and all of them share a few
+    /// permits, so nothing piles up.
+    fn start_flushes(self: &Arc<Self>) {
+        let mut inodes: Vec<(u64, Arc<Inode>)> =
+            self.pending.lock().values().map(|inode| (0, inode.clone())).collect();
+        for (dirty, inode) in &mut inodes {
+            *dirty = inode.entry.dirty_bytes();
+        }
+        // The largest first: under pressure they make the most room.
+        inodes.sort_unstable_by_key(|(dirty, _)| std::cmp::Reverse(*dirty));
+        let pressure = self.tier.dirty_bytes() > self.tier.limit() / PRESSURE_SHARE;
+        let now = Instant::now();
+        for (dirty, inode) in inodes {
+            let mut local = inode.local.lock();
+            let Some(since) = local.since else { continue };
+            if local.in_background || local.retry_at.is_some_and(|at| at > now) {
+                continue;
+            }
+            let cut = if pressure || now.duration_since(since) >= self.settings.dirty_age_max {
+                Cut::Everything
+            } else if dirty > self.settings.dirty_inode_bytes && !inode.entry.dirty_cells(true).is_empty() {
+                Cut::WholeCells
+            } else {
+                continue;
+            };
+            let Ok(permit) = self.background_flushes.clone().try_acquire_owned() else { return };
+            local.in_background = true;
+            drop(local);
+            let shared = self.clone();
+            self.runtime.spawn(async move {
+                let _permit = permit;
+                shared.flush_in_background(&inode, cut).await;
+                let ino = inode.ino;
+                drop(inode);
+                shared.release(ino);
+                // More may have come due meanwhile.
+                shared.kick.notify_one();
+            });
+        }
+    }
+
+    async fn flush_in_background(&self, inode: &Arc<Inode>, cut: Cut) {
+        let flushed = {
+            let _turn = inode.flushing.lock().await;
+            self.flush_locked(inode, cut).await
+        };
+        let mut local = inode.local.lock();
+        local.in_background = false;
+        match flushed {
+            Ok(()) => (local.failures, local.retry_at) = (0, None),
+            Err(error) => {
+                // Nobody is told: the bytes are still here, and the next fsync tries for itself.
+                let pause = RETRY_FIRST.saturating_mul(1 << local.failures.min(6)).min(RETRY_LAST);
+                local.failures += 1;
+                local.retry_at = Some(Instant::now() + pause);
+                warn!(ino = %inode.ino, %error, ?pause, "background flush failed, trying again");
+            }
+        }
+    }
+
+    /// Forgets inodes that were read without being opened.
+    fn drop_idle(&self) {
+        let inodes = self.inodes.lock();
+        if inodes.len() <= IDLE_INODES_MAX {
+            return;
+        }
+        let idle: Vec<_> =
+            inodes.iter().filter(|(_, inode)| Arc::strong_count(inode) == 1).map(|(&ino, _)| ino).collect();
+        drop(inodes);
+        for ino in idle {
+            self.release(ino);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! Flushing: from unflushed ranges to chunks that the metadata name.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use ctfs_chunk::tier::{Base, Found, Tag};
+use ctfs_meta::{CellWrite, MetaError, Op, Reply};
+use ctfs_types::{Attr, CellIndex, ExtentData, Ino, LogIndex, Timestamp, limits::INLINE_BYTES_MAX};
+use futures_util::{StreamExt, TryStreamExt};
+use tracing::{debug, warn};
+
+use super::{Inode, Shared, attr_of, cache_error, extent_of, tag_of};
+use crate::FsError;
+
+/// Cells in one command: with 50 bytes each they stay far below what a command may hold.
+const BATCH_CELLS: u64 = 32;
+/// Bytes of one batch held in memory until it is committed.
+const BATCH_BYTES: u64 = 32 << 20;
+/// Merges over somebody else's newer extent before a flush gives up.
+const MERGE_TRIES: usize = 16;
+/// Leading zeros are left out in steps of a page, so that equal pages keep making equal chunks.
+const TRIM_STEP: usize = 4096;
+
+/// What a flush takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cut {
+    Everything,
+    /// Only cells that are dirty from end to end: the others are still being written.
+    WholeCells,
+}
+
+/// What is pending of the attributes when a flush begins.
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    size: Option<u64>,
+    mtime: Option<Timestamp>,
+    drops_wanted: u64,
+    drop_privileges: bool,
+}
+
+/// A cell ready to be committed.
+struct Built {
+    cell: CellIndex,
+    /// The stamp of the extent merged over.
+    expect: LogIndex,
+    start: u32,
+    data: Option<ExtentData>,
+    /// The bytes of `data`, for the cache and for putting them again.
+    bytes: Bytes,
+    base: Option<Tag>,
+    copies: u8,
+    put_at: Instant,
+}
+
+/// A cell's new content before it is put.
+enum Composed {
+    Ready { expect: LogIndex, base: Option<Tag>, copies: u8, size: u64, bytes: Vec<u8> },
+    Missing(Tag),
+}
+
+impl Shared {
+    pub(super) async fn flush(&self, ino: Ino) -> Result<(), FsError> {
+        let inode = self.inodes.lock().get(&ino).cloned();
+        let Some(inode) = inode else { return Ok(()) };
+        let flushed = {
+            let _turn = inode.flushing.lock().await;
+            self.flush_locked(&inode, Cut::Everything).await
+        };
+        if let Err(error) = &flushed {
+            inode.local.lock().error = Some(error.clone());
+        }
+        drop(inode);
+        flushed
+    }
+
+    /// The flush itself; the caller holds [`Inode::flushing`].
+    ///
+    /// What becomes dirty meanwhile is left for the next one, so a busy writer cannot keep it going.
+    pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, cut: Cut) -> Result<(), FsError> {
+        // A flush whose caller went away left its ranges behind.
+        inode.entry.abandon_flush();
+        let flushed = self.flush_cells(inode, cut).await;
+        inode.entry.abandon_flush();
+        let flushed = match flushed {
+            Err(FsError::Meta(MetaError::NoSuchInode(_)) | FsError::Stale(_)) => {
+                // Nobody can open it any more: there is nothing to keep.
+                debug!(ino = %inode.ino, "unflushed bytes of a removed file are dropped");
+                self.forget(inode.ino);
+                return Ok(());
+            }
+            other => other,
+        };
+        let mut local = inode.local.lock();
+        if !local.attributes_pending() && inode.entry.dirty_bytes() == 0 {
+            local.since = None;
+            self.pending.lock().remove(&inode.ino);
+        } else if flushed.is_ok() {
+            local.since = Some(Instant::now());
+        }
+        drop(local);
+        self.drained.notify_waiters();
+        flushed
+    }
+
+    async fn flush_cells(&self, inode: &Arc<Inode>, cut: Cut) -> Result<(), FsError> {
+        // The attributes first: what is written from here on belongs to the next flush.
+        let pending = {
+            let local = inode.local.lock();
+            Pending {
+                size: local.size,
+                mtime: local.mtime,
+                drops_wanted: local.drops_wanted,
+                drop_privileges: local.drop_is_pending(),
+            }
+        };
+        let cells = inode.entry.dirty_cells(cut == Cut::WholeCells);
+        let batch = (BATCH_BYTES / inode.entry.cell_size().bytes()).clamp(1, BATCH_CELLS) as usize;
+        let batches = cells.chunks(batch);
+        let count = batches.len();
+        for (n, cells) in batches.enumerate() {
+            // The size that programs see comes with the last bytes, not before them.
+            let size = pending.size.filter(|_| n + 1 == count && cut == Cut::Everything);
+            self.flush_batch(inode, cells, Pending { size, ..pending }).await?;
+            // Room for those who wait, long before a large flush ends.
+            self.drained.notify_waiters();
+        }
+        let attributes = pending.size.is_some() || pending.mtime.is_some() || pending.drop_privileges;
+        if count == 0 && attributes && cut == Cut::Everything {
+            self.flush_batch(inode, &[], pending).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts and commits some cells; none for the attributes alone.
+    async fn flush_batch(&self, inode: &Arc<Inode>, cells: &[CellIndex], pending: Pending) -> Result<(), FsError> {
+        let ino = inode.ino;
+        let grid = inode.entry.cell_size();
+        cells.iter().for_each(|&cell| inode.entry.begin_flush(cell));
+        let end = {
+            let view = inode.entry.view();
+            cells.iter().filter_map(|&cell| Some(grid.start_of(cell) + view.flushing_end(cell)?)).max()
+        };
+        let size_at_least = end.max(pending.size).unwrap_or(0);
+
+        let mut built: Vec<Built> = Vec::with_capacity(cells.len());
+        for _ in 0..MERGE_TRIES {
+            let todo: Vec<CellIndex> =
+                cells.iter().copied().filter(|cell| built.iter().all(|done| done.cell != *cell)).collect();
+            let builds = futures_util::stream::iter(todo).map(|cell| self.build(inode, cell, size_at_least));
+            let fresh: Vec<Built> = builds.buffer_unordered(self.settings.transfers.max(1)).try_collect().await?;
+            built.extend(fresh);
+            built.sort_unstable_by_key(|done| done.cell);
+            for done in built.iter_mut().filter(|done| done.put_at.elapsed() > self.settings.put_age_max) {
+                self.put(done).await?;
+            }
+            let write = |done: &Built| CellWrite {
+                cell: done.cell,
+                expect: done.expect,
+                start: done.start,
+                data: done.data.clone(),
+                copies: done.copies,
+            };
+            let op = Op::Write {
+                ino,
+                cells: built.iter().map(write).collect(),
+                size_at_least,
+                mtime: Some(self.mtime_to_commit(ino, pending.mtime)?),
+                drop_privileges: pending.drop_privileges,
+            };
+            match self.meta.propose(op).await {
+                Ok(Reply::Written { attr, .. }) => {
+                    for done in &built {
+                        let committed = match done.data {
+                            Some(ExtentData::Chunk { id, len }) => Some((Tag { start: done.start, len, id }, &done.bytes[..])),
+                            _ => None,
+                        };
+                        inode.entry.settle(done.cell, committed, done.base);
+                    }
+                    self.committed(inode, &attr, pending);
+                    return Ok(());
+                }
+                Ok(other) => {
+                    warn!(%ino, ?other, "a write was answered as something else");
+                    return Err(FsError::Store("a write was answered as something else".into()));
+                }
+                Err(FsError::Meta(MetaError::CellChanged { .. })) => {
+                    // Somebody wrote meanwhile. Those cells are merged again, over theirs.
+                    let ns = self.meta.replica().read();
+                    let mut kept = Vec::with_capacity(built.len());
+                    for done in built {
+                        let stamp = extent_of(&ns, ino, done.cell)?.map_or(LogIndex(0), |extent| extent.stamp);
+                        if stamp == done.expect {
+                            kept.push(done);
+                        }
+                    }
+                    built = kept;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(MetaError::CellChanged { ino, cell: cells.first().copied().unwrap_or(0) }.into())
+    }
+
+    /// The time of the last write here, or else what the metadata have: a flush is not a change,
+    /// and utimensat(2) between write and flush must hold.
+    pub(super) fn mtime_to_commit(&self, ino: Ino, pending: Option<Timestamp>) -> Result<Timestamp, FsError> {
+        match pending {
+            Some(mtime) => Ok(mtime),
+            None => Ok(attr_of(&self.meta.replica().read(), ino)?.mtime),
+        }
+    }
+
+    /// The metadata know what was pending: what was not written since is let go of.
+    fn committed(&self, inode: &Inode, attr: &Attr, pending: Pending) {
+        let mut local = inode.local.lock();
+        if local.size.is_some_and(|size| size <= attr.size) {
+            local.size = None;
+        }
+        if local.mtime == pending.mtime {
+            local.mtime = None;
+        }
+        if pending.drop_privileges {
+            local.drops_committed = local.drops_committed.max(pending.drops_wanted);
+        }
+    }
+
+    /// Merges a cell and makes its bytes durable.
+    async fn build(&self, inode: &Arc<Inode>, cell: CellIndex, size_at_least: u64) -> Result<Built, FsError> {
+        let mut loan = None;
+        for _ in 0..MERGE_TRIES {
+            match self.compose(inode, cell, loan.as_ref())? {
+                Composed::Missing(tag) => {
+                    loan = self.fetch(inode, cell, tag).await?.map(|bytes| (tag, bytes));
+                }
+                Composed::Ready { expect, base, copies, size, bytes } => {
+                    let (start, bytes) = trim(bytes);
+                    let whole_file = cell == 0 && size.max(size_at_least) <= INLINE_BYTES_MAX as u64;
+                    let mut done = Built { cell, expect, start, data: None, bytes, base, copies, put_at: Instant::now() };
+                    if done.bytes.is_empty() {
+                        done.start = 0;
+                    } else if whole_file {
+                        done.data = Some(ExtentData::Inline(done.bytes.to_vec()));
+                    } else {
+                        self.put(&mut done).await?;
+                    }
+                    return Ok(done);
+                }
+            }
+        }
+        Err(MetaError::CellChanged { ino: inode.ino, cell }.into())
+    }
+
+    async fn put(&self, done: &mut Built) -> Result<(), FsError> {
+        if done.bytes.is_empty() || matches!(done.data, Some(ExtentData::Inline(_))) {
+            return Ok(());
+        }
+        // Counted from before the put: the peers' grace time begins no earlier.
+        let at = Instant::now();
+        let id = self.chunks.put(done.bytes.clone(), done.copies).await?;
+        done.data = Some(ExtentData::Chunk { id, len: done.bytes.len() as u32 });
+        done.put_at = at;
+        Ok(())
+    }
+
+    /// The cell as it shall be: its unflushed bytes over its extent of this moment.
+    fn compose(&self, inode: &Inode, cell: CellIndex, loan: Option<&(Tag, Bytes)>) -> Result<Composed, FsError> {
+        let ino = inode.ino;
+        let view = inode.entry.view();
+        let ns = self.meta.replica().read();
+        let size = attr_of(&ns, ino)?.size;
+        let extent = extent_of(&ns, ino, cell)?;
+        let copies = ns.effective_policy(ino)?.copies;
+        drop(ns);
+        let tag = extent.as_ref().and_then(tag_of);
+        let base = match (&extent, tag) {
+            (None, _) => Base::Hole,
+            (Some(extent), Some(tag)) => match loan.filter(|(loan, _)| loan.covers(&tag)) {
+                Some((_, bytes)) => Base::Bytes { start: extent.start, bytes: &bytes[..tag.len as usize] },
+                None => Base::Chunk(tag),
+            },
+            (Some(extent), None) => match &extent.data {
+                ExtentData::Inline(bytes) => Base::Bytes { start: extent.start, bytes },
+                ExtentData::Chunk { .. } => unreachable!("a chunk has a tag"),
+            },
+        };
+        let old_end = extent.as_ref().map_or(0, |extent| u64::from(extent.end()));
+        let end = old_end.max(view.flushing_end(cell).unwrap_or(0));
+        let mut bytes = vec![0; end as usize];
+        match (view.read(cell, 0..end, base, &mut bytes).map_err(|error| cache_error(ino, error))?, tag) {
+            (Found::Missing, Some(tag)) => Ok(Composed::Missing(tag)),
+            _ => {
+                let expect = extent.map_or(LogIndex(0), |extent| extent.stamp);
+                Ok(Composed::Ready { expect, base: tag, copies, size, bytes })
+            }
+        }
+    }
+}
+
+/// Leaves out leading zeros (whole pages) and trailing zeros: outside its data a cell is zero.
+fn trim(bytes: Vec<u8>) -> (u32, Bytes) {
+    let is_zero = |part: &[u8]| part.iter().all(|&byte| byte == 0);
+    let start = bytes.chunks(TRIM_STEP).take_while(|page| is_zero(page)).count() * TRIM_STEP;
+    if start >= bytes.len() {
+        return (0, Bytes::new());
+    }
+    let zero_pages = bytes[start..].rchunks(TRIM_STEP).take_while(|page| is_zero(page)).count();
+    let end = bytes.len() - zero_pages * TRIM_STEP;
+    let end = bytes[..end].iter().rposition(|&byte| byte != 0).map_or(start, |last| last + 1);
+    (start as u32, Bytes::from(bytes).slice(start..end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trimming_keeps_every_byte_that_is_not_zero() {
+        for (len, set) in [(0, None), (1, Some(0)), (5000, Some(4999)), (20_000, Some(4096)), (20_000, Some(8191)), (9000, None)] {
+            let mut bytes = vec![0; len];
+            if let Some(at) = set {
+                bytes[at] = 7;
+            }
+            let (start, kept) = trim(bytes);
+            assert_eq!(start % 4096, 0);
+            match set {
+                Some(at) => {
+                    assert_eq!(kept.len(), at + 1 - start as usize);
+                    assert_eq!(kept[at - start as usize], 7);
+                    assert!(at - (start as usize) < 4096);
+                }
+                None => assert!(kept.is_empty()),
+            }
+        }
+    }
+}

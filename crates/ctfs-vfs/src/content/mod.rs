@@ -1,0 +1,474 @@
+//! The bytes of files: reading, writing, flushing.
+//!
+//! Written bytes go into the inode's cache file as *unflushed* ranges, and everybody on this server
+//! sees them at once. A flush cuts them into cells, merges each over the extent that the metadata
+//! name at that moment, makes the result durable as a chunk, and has the metadata name it, on the
+//! condition that the extent is still the one merged over. If it is not, somebody wrote meanwhile:
+//! merge again, over theirs. So two servers that write different bytes of one cell both keep them.
+//!
+//! Reads look at the extents of the local replica each time; the cache tier tags cached bytes with
+//! the content they are, so a stale cell is simply one whose tag is not the extent's.
+//!
+//! | Lock | Held by | For |
+//! | --- | --- | --- |
+//! | [`Inode::gate`] | shared: read, write; alone: truncate, punch, clone | an operation that takes bytes away sees no other half-way |
+//! | [`Inode::flushing`] | one flush, truncate, punch or clone at a time | flushing ranges have one owner |
+//! | [`Inode::local`], the tier entry, the replica | short, never across an await, taken in this order | |
+//!
+//! A read of resident bytes and a write with room in the tier complete without awaiting anything.
+//!
+//! Reading order: [`read`], [`write`], [`flush`], [`resize`] (truncate, allocate), [`ranges`]
+//! (seek, copy), [`background`].
+
+mod background;
+mod flush;
+mod ranges;
+mod read;
+mod resize;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use bytes::Bytes;
+use ctfs_chunk::tier::{CacheTier, Entry, Residency, Tag, TierError, TierUsage};
+use ctfs_meta::{Change, MetaError, Namespace, SetAttr};
+use ctfs_types::{Attr, CellIndex, Extent, ExtentData, FileKind, Ino, Timestamp};
+use parking_lot::Mutex;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore},
+};
+
+use crate::{ChunkAccess, FsError, Metadata};
+
+/// Numbers that bound what file contents may take.
+#[derive(Debug, Clone)]
+pub struct ContentSettings {
+    /// Where background work runs; `None` means the runtime that calls [`Content::new`].
+    pub runtime: Option<Handle>,
+    /// Unflushed bytes are flushed in the background when they are older than this.
+    pub dirty_age_max: Duration,
+    /// Whole cells of an inode with more unflushed bytes than this are flushed at once.
+    pub dirty_inode_bytes: u64,
+    /// How long a write waits for room in the cache tier before it fails.
+    pub room_patience: Duration,
+    /// A chunk put longer ago than this is put again before the metadata name it: half the grace
+    /// time after which unreferenced chunks are collected.
+    pub put_age_max: Duration,
+    /// Chunk transfers at a time: of one flush or one read, and of all read-ahead together.
+    pub transfers: usize,
+    /// Inodes flushed in the background at a time.
+    pub flushes: usize,
+}
+
+impl Default for ContentSettings {
+    fn default() -> Self {
+        Self {
+            runtime: None,
+            dirty_age_max: Duration::from_secs(5),
+            dirty_inode_bytes: 32 << 20,
+            room_patience: Duration::from_secs(30),
+            put_age_max: Duration::from_secs(300),
+            transfers: 8,
+            flushes: 4,
+        }
+    }
+}
+
+/// The contents of all regular files, as one server reads and writes them.
+///
+/// Dropping it ends the background work; what was not flushed is lost then, so [`Self::flush_all`]
+/// comes first.
+pub struct Content {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    meta: Arc<dyn Metadata>,
+    chunks: Arc<dyn ChunkAccess>,
+    tier: CacheTier,
+    settings: ContentSettings,
+    runtime: Handle,
+    inodes: Mutex<HashMap<Ino, Arc<Inode>>>,
+    /// Inodes with something to flush.
+    pending: Mutex<BTreeMap<Ino, Arc<Inode>>>,
+    /// Inodes that are gone; their bytes are dropped by the background task, because whoever tells
+    /// us may hold the replica's lock.
+    reaped: Mutex<Vec<Ino>>,
+    /// Wakes the background task.
+    kick: Arc<Notify>,
+    /// Told after each flush: there may be room in the tier.
+    drained: Notify,
+    read_ahead: Arc<Semaphore>,
+    background_flushes: Arc<Semaphore>,
+    closed: AtomicBool,
+}
+
+/// One regular file in use.
+struct Inode {
+    ino: Ino,
+    entry: Arc<Entry>,
+    gate: tokio::sync::RwLock<()>,
+    flushing: tokio::sync::Mutex<()>,
+    local: Mutex<Local>,
+    stream: Mutex<read::Stream>,
+    /// One fetch per cell at a time.
+    fills: Mutex<HashMap<CellIndex, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// What this server knows of a file beyond the metadata.
+#[derive(Debug, Default)]
+struct Local {
+    /// One past the last byte written here, until the metadata know a size at least as large.
+    size: Option<u64>,
+    /// When it was last written here, until the metadata know.
+    mtime: Option<Timestamp>,
+    /// Writes that asked to drop setuid and friends, and how many of them were committed.
+    drops_wanted: u64,
+    drops_committed: u64,
+    /// Since when something waits to be flushed.
+    since: Option<Instant>,
+    opens: u32,
+    /// What a flush failed with, until somebody is told.
+    error: Option<FsError>,
+    /// Failed background flushes in a row, and when to try again.
+    failures: u32,
+    retry_at: Option<Instant>,
+    /// A background flush is under way.
+    in_background: bool,
+}
+
+impl Local {
+    fn drop_is_pending(&self) -> bool {
+        self.drops_wanted > self.drops_committed
+    }
+
+    fn attributes_pending(&self) -> bool {
+        self.size.is_some() || self.mtime.is_some() || self.drop_is_pending()
+    }
+}
+
+impl Inode {
+    /// Joins the readers and writers of the file.
+    async fn enter(&self) -> tokio::sync::RwLockReadGuard<'_, ()> {
+        match self.gate.try_read() {
+            Ok(guard) => guard,
+            Err(_) => self.gate.read().await,
+        }
+    }
+
+    fn has_pending(&self) -> bool {
+        self.local.lock().attributes_pending() || self.entry.dirty_bytes() > 0
+    }
+}
+
+impl Content {
+    /// # Panics
+    /// Outside a tokio runtime, when the settings name none.
+    pub fn new(
+        meta: Arc<dyn Metadata>,
+        chunks: Arc<dyn ChunkAccess>,
+        tier: CacheTier,
+        settings: ContentSettings,
+    ) -> Self {
+        let runtime = settings.runtime.clone().unwrap_or_else(Handle::current);
+        let kick = Arc::new(Notify::new());
+        let shared = Arc::new(Shared {
+            meta,
+            chunks,
+            tier,
+            runtime: runtime.clone(),
+            inodes: Mutex::default(),
+            pending: Mutex::default(),
+            reaped: Mutex::default(),
+            kick: kick.clone(),
+            drained: Notify::new(),
+            read_ahead: Arc::new(Semaphore::new(settings.transfers.max(1))),
+            background_flushes: Arc::new(Semaphore::new(settings.flushes.max(1))),
+            closed: AtomicBool::new(false),
+            settings,
+        });
+        runtime.spawn(background::run(Arc::downgrade(&shared), kick));
+        Self { shared }
+    }
+
+    /// Reads up to `len` bytes at `offset`; shorter only at the end of the file.
+    ///
+    /// # Errors
+    /// - [`FsError::ChunkLost`], [`FsError::ChunkUnavailable`]: the bytes cannot be had.
+    /// - [`FsError::NoQuorum`]: without a lease, and nobody could say what is current.
+    pub async fn read(&self, ino: Ino, offset: u64, len: u32) -> Result<Bytes, FsError> {
+        self.shared.read(ino, offset, len).await
+    }
+
+    /// Writes `data` at `offset`; it is visible here when this answers, and durable after a flush.
+    ///
+    /// # Errors
+    /// - [`FsError::TooBig`]: over the largest size of a file.
+    /// - [`FsError::CacheFull`]: no room in the tier within [`ContentSettings::room_patience`].
+    pub async fn write(&self, ino: Ino, offset: u64, data: Bytes, drop_privileges: bool) -> Result<u32, FsError> {
+        self.shared.write(ino, write::Place::At(offset), data, drop_privileges).await.map(|(_, len)| len)
+    }
+
+    /// Writes `data` at the end of the file, as this server sees it, and answers where that was.
+    /// Appends of this server do not overlap each other.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool) -> Result<u64, FsError> {
+        self.shared.write(ino, write::Place::End, data, drop_privileges).await.map(|(offset, _)| offset)
+    }
+
+    /// Makes everything written to `ino` before the call durable and visible to every server.
+    ///
+    /// # Errors
+    /// What kept it from being durable. The bytes stay unflushed, a later flush may succeed; the
+    /// error is also kept for [`Self::take_error`].
+    pub async fn flush(&self, ino: Ino) -> Result<(), FsError> {
+        self.shared.flush(ino).await
+    }
+
+    /// Changes attributes of a regular file, its size included. Every change of a file's mode,
+    /// times or size comes through here, so that what is pending of earlier writes cannot undo it.
+    ///
+    /// # Errors
+    /// What the metadata say; nothing changed then.
+    pub async fn truncate(&self, ino: Ino, set: SetAttr) -> Result<Attr, FsError> {
+        self.shared.set_attr(ino, set).await
+    }
+
+    /// fallocate(2). Nothing is reserved: there is no room that only one file could have.
+    ///
+    /// # Errors
+    /// [`FsError::Unsupported`] for modes that move bytes; [`FsError::TooBig`].
+    pub async fn allocate(&self, ino: Ino, mode: i32, offset: u64, len: u64) -> Result<(), FsError> {
+        self.shared.allocate(ino, mode, offset, len).await
+    }
+
+    /// `SEEK_DATA` or `SEEK_HOLE` from `offset`.
+    ///
+    /// # Errors
+    /// [`FsError::PastEnd`] (ENXIO): at or past the end, or no data after `offset`.
+    pub async fn seek(&self, ino: Ino, offset: u64, whence: i32) -> Result<u64, FsError> {
+        self.shared.seek(ino, offset, whence).await
+    }
+
+    /// Copies up to `len` bytes and answers how many; whole cells are shared, not copied, where
+    /// both offsets lie alike in their cells. Setuid and setgid bits of the target go.
+    ///
+    /// # Errors
+    /// [`FsError::Invalid`] for overlapping ranges of one file; else as read and write.
+    pub async fn copy(&self, source: Ino, from: u64, target: Ino, to: u64, len: u64) -> Result<u64, FsError> {
+        self.shared.copy((source, from), (target, to), len).await
+    }
+
+    /// Puts what was written here and is not flushed yet over committed attributes.
+    pub fn overlay(&self, attr: &mut Attr) {
+        if attr.kind == FileKind::File {
+            self.shared.overlay(attr);
+        }
+    }
+
+    /// A handle of `ino` was opened. Each call is matched by one of [`Self::closed`].
+    pub fn opened(&self, ino: Ino) {
+        // An inode that is gone is of no interest; the open itself says so.
+        if let Ok(inode) = self.shared.inode(ino) {
+            inode.local.lock().opens += 1;
+        }
+    }
+
+    pub fn closed(&self, ino: Ino) {
+        let inode = self.shared.inodes.lock().get(&ino).cloned();
+        if let Some(inode) = inode {
+            let mut local = inode.local.lock();
+            local.opens = local.opens.saturating_sub(1);
+        }
+        self.shared.release(ino);
+    }
+
+    /// Drops everything kept for an inode that is gone.
+    pub fn forget(&self, ino: Ino) {
+        self.shared.forget(ino);
+    }
+
+    /// An applied entry changed something. Quick, and takes no lock that is held during I/O.
+    pub fn changed(&self, change: &Change) {
+        // Changed bytes need nothing: the extents say it to whoever reads.
+        if let Change::Reaped { ino } = change {
+            self.shared.reaped.lock().push(*ino);
+            self.shared.kick.notify_one();
+        }
+    }
+
+    /// What a flush of `ino` failed with, once.
+    pub fn take_error(&self, ino: Ino) -> Option<FsError> {
+        let inode = self.shared.inodes.lock().get(&ino).cloned()?;
+        let error = inode.local.lock().error.take();
+        error
+    }
+
+    /// Flushes every file.
+    ///
+    /// # Errors
+    /// The first failure; the other files were tried nevertheless.
+    pub async fn flush_all(&self) -> Result<(), FsError> {
+        self.shared.flush_all().await
+    }
+
+    /// Ends the background work. Reads and writes go on; nobody flushes unasked.
+    pub fn close(&self) {
+        self.shared.closed.store(true, Relaxed);
+        self.shared.kick.notify_one();
+    }
+
+    /// Unflushed bytes of all files.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.shared.tier.dirty_bytes()
+    }
+
+    pub fn usage(&self) -> TierUsage {
+        self.shared.tier.usage()
+    }
+
+    /// What this server caches of `ino`, cell by cell.
+    pub fn resident(&self, ino: Ino) -> Vec<(CellIndex, Residency)> {
+        self.shared.tier.resident(ino)
+    }
+
+    /// Drops every cached cell that is not unflushed; answers how many.
+    pub fn evict_all(&self) -> u64 {
+        self.shared.tier.evict_all()
+    }
+}
+
+impl Drop for Content {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    /// The inode's state here, made at first use.
+    fn inode(&self, ino: Ino) -> Result<Arc<Inode>, FsError> {
+        if let Some(inode) = self.inodes.lock().get(&ino) {
+            return Ok(inode.clone());
+        }
+        let attr = attr_of(&self.meta.replica().read(), ino)?;
+        match attr.kind {
+            FileKind::File => {}
+            FileKind::Directory => return Err(MetaError::IsDirectory(ino).into()),
+            _ => return Err(MetaError::WrongKind(ino).into()),
+        }
+        let mut inodes = self.inodes.lock();
+        let make = || {
+            Arc::new(Inode {
+                ino,
+                entry: self.tier.entry(ino, attr.cell),
+                gate: tokio::sync::RwLock::new(()),
+                flushing: tokio::sync::Mutex::new(()),
+                local: Mutex::default(),
+                stream: Mutex::default(),
+                fills: Mutex::default(),
+            })
+        };
+        Ok(inodes.entry(ino).or_insert_with(make).clone())
+    }
+
+    /// Drops the inode's state if nobody needs it; cached bytes stay in the tier.
+    fn release(&self, ino: Ino) {
+        let mut inodes = self.inodes.lock();
+        let unused = inodes
+            .get(&ino)
+            .is_some_and(|inode| Arc::strong_count(inode) == 1 && inode.local.lock().opens == 0 && !inode.has_pending());
+        if unused {
+            inodes.remove(&ino);
+            drop(inodes);
+            self.tier.release(ino);
+        }
+    }
+
+    fn forget(&self, ino: Ino) {
+        self.inodes.lock().remove(&ino);
+        self.pending.lock().remove(&ino);
+        self.tier.forget(ino);
+        self.drained.notify_waiters();
+    }
+
+    /// The size programs see: what the metadata say, or more if more was written here.
+    ///
+    /// What was written here is looked at first: it is let go of only after the metadata know.
+    fn size(&self, inode: &Inode) -> Result<u64, FsError> {
+        let local = inode.local.lock().size;
+        let attr = attr_of(&self.meta.replica().read(), inode.ino)?;
+        Ok(attr.size.max(local.unwrap_or(0)))
+    }
+
+    fn overlay(&self, attr: &mut Attr) {
+        let inode = self.inodes.lock().get(&attr.ino).cloned();
+        let Some(inode) = inode else { return };
+        let dirty = inode.entry.dirty_bytes();
+        let local = inode.local.lock();
+        attr.size = attr.size.max(local.size.unwrap_or(0));
+        if let Some(mtime) = local.mtime {
+            attr.mtime = mtime;
+            attr.ctime = attr.ctime.max(mtime);
+        }
+        if local.drop_is_pending() {
+            let setgid = if attr.mode & 0o010 != 0 { 0o2000 } else { 0 };
+            attr.mode &= !(0o4000 | setgid);
+        }
+        // Unflushed bytes over committed ones take no more room, but nobody has counted them.
+        let most = attr.allocated.max(attr.size.next_multiple_of(512));
+        attr.allocated = (attr.allocated + dirty).min(most);
+    }
+
+    /// Makes sure that the replica is current enough to answer from.
+    async fn be_current(&self) -> Result<(), FsError> {
+        if self.meta.leased() { Ok(()) } else { self.meta.barrier().await }
+    }
+
+    async fn flush_all(&self) -> Result<(), FsError> {
+        use futures_util::StreamExt;
+        let inos: Vec<Ino> = self.pending.lock().keys().copied().collect();
+        let flushes = futures_util::stream::iter(inos).map(|ino| self.flush(ino));
+        let results: Vec<_> = flushes.buffer_unordered(self.settings.flushes.max(1)).collect().await;
+        results.into_iter().collect()
+    }
+}
+
+fn attr_of(ns: &Namespace, ino: Ino) -> Result<Attr, FsError> {
+    ns.attr(ino)?.ok_or(FsError::Meta(MetaError::NoSuchInode(ino)))
+}
+
+fn extent_of(ns: &Namespace, ino: Ino, cell: CellIndex) -> Result<Option<Extent>, FsError> {
+    Ok(ns.cells(ino, cell, 1)?.pop().map(|cell| cell.extent))
+}
+
+/// The content that an extent names, if it is a chunk's.
+fn tag_of(extent: &Extent) -> Option<Tag> {
+    match extent.data {
+        ExtentData::Chunk { id, len } => Some(Tag { start: extent.start, len, id }),
+        ExtentData::Inline(_) => None,
+    }
+}
+
+fn now() -> Timestamp {
+    SystemTime::now().into()
+}
+
+fn cache_error(ino: Ino, error: TierError) -> FsError {
+    match error {
+        TierError::Full => FsError::CacheFull,
+        TierError::Gone => FsError::Stale(ino),
+        TierError::Io { .. } => FsError::Cache(error.to_string()),
+    }
+}

@@ -1,0 +1,226 @@
+//! Reading, and reading ahead.
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use ctfs_chunk::tier::{Base, Found, Tag};
+use ctfs_meta::MetaError;
+use ctfs_types::{CellIndex, ExtentData, Ino};
+use futures_util::{StreamExt, TryStreamExt};
+use tracing::debug;
+
+use super::{Inode, Shared, attr_of, cache_error, extent_of, tag_of};
+use crate::FsError;
+
+/// How often a read starts over because the cells it fetched were changed meanwhile.
+const READ_TRIES: usize = 64;
+/// Cells read ahead: at first, and at most. Eight of 1 MiB are 60 ms of a gigabit link.
+const AHEAD_MIN: u64 = 2;
+const AHEAD_MAX: u64 = 8;
+/// Reads of the kernel's own read-ahead come a little out of order.
+const STREAM_SLACK: u64 = 512 << 10;
+
+/// Chunks fetched for one read, in case the tier could not take or keep them.
+pub(super) type Loans = HashMap<CellIndex, (Tag, Bytes)>;
+
+enum Attempt {
+    Done { bytes: Bytes, size: u64 },
+    Missing(Vec<(CellIndex, Tag)>),
+}
+
+/// How a file is being read, to know what to fetch ahead.
+#[derive(Debug, Default)]
+pub(super) struct Stream {
+    /// Where the next read begins if it goes on.
+    next: u64,
+    /// Reads that went on, in a row.
+    run: u32,
+    /// Cells to fetch ahead; 0 until the file is read in order.
+    window: u64,
+    /// Cells below this were asked for already.
+    until: CellIndex,
+}
+
+impl Stream {
+    /// Notes a read of `range` and answers the cells to fetch ahead.
+    fn advance(&mut self, range: Range<u64>, cell_of: impl Fn(u64) -> CellIndex, cells: CellIndex) -> Range<CellIndex> {
+        let goes_on = range.start.abs_diff(self.next) <= STREAM_SLACK && range.end > self.next;
+        if !goes_on && self.next != 0 {
+            // Behind what was read already: a read that came late.
+            if range.end <= self.next && self.next - range.start <= STREAM_SLACK {
+                return 0..0;
+            }
+            *self = Self { next: range.end, ..Self::default() };
+            return 0..0;
+        }
+        self.next = range.end;
+        self.run = self.run.saturating_add(1);
+        let after = cell_of(range.end - 1) + 1;
+        if self.run < 2 || (self.until > after && self.until - after > self.window / 2) {
+            return 0..0;
+        }
+        self.window = (self.window * 2).clamp(AHEAD_MIN, AHEAD_MAX);
+        let ahead = after.max(self.until)..(after + self.window).min(cells);
+        self.until = self.until.max(ahead.end);
+        ahead
+    }
+}
+
+impl Shared {
+    pub(super) async fn read(self: &Arc<Self>, ino: Ino, offset: u64, len: u32) -> Result<Bytes, FsError> {
+        let mut leased = self.meta.leased();
+        if !leased {
+            self.meta.barrier().await?;
+        }
+        let inode = self.inode(ino)?;
+        let _gate = inode.enter().await;
+        let mut loans = Loans::new();
+        for _ in 0..READ_TRIES {
+            match self.try_read(&inode, offset, len, &loans)? {
+                // A pause since the lease was looked at may have ended it: look again.
+                Attempt::Done { .. } if leased && !self.meta.leased() => {
+                    leased = false;
+                    self.meta.barrier().await?;
+                }
+                Attempt::Done { bytes, size } => {
+                    self.read_ahead(&inode, offset..offset + bytes.len() as u64, size);
+                    return Ok(bytes);
+                }
+                Attempt::Missing(missing) => {
+                    let fetches = futures_util::stream::iter(missing).map(|(cell, tag)| {
+                        let inode = &inode;
+                        async move { Ok::<_, FsError>((cell, tag, self.fetch(inode, cell, tag).await?)) }
+                    });
+                    let fetched: Vec<_> = fetches.buffer_unordered(self.settings.transfers.max(1)).try_collect().await?;
+                    loans.extend(fetched.into_iter().filter_map(|(cell, tag, bytes)| Some((cell, (tag, bytes?)))));
+                }
+            }
+        }
+        Err(MetaError::CellChanged { ino, cell: inode.entry.cell_size().cell_of(offset) }.into())
+    }
+
+    /// Reads what is at hand, or says what is not. Never waits.
+    fn try_read(&self, inode: &Inode, offset: u64, len: u32, loans: &Loans) -> Result<Attempt, FsError> {
+        let ino = inode.ino;
+        let grid = inode.entry.cell_size();
+        let local_size = inode.local.lock().size.unwrap_or(0);
+        // The entry first, the replica inside it: see `Entry::view`.
+        let view = inode.entry.view();
+        let ns = self.meta.replica().read();
+        let size = attr_of(&ns, ino)?.size.max(local_size);
+        let end = offset.saturating_add(len.into()).min(size);
+        if offset >= end {
+            return Ok(Attempt::Done { bytes: Bytes::new(), size });
+        }
+        let (first, last) = (grid.cell_of(offset), grid.cell_of(end - 1));
+        let mut extents = ns.cells(ino, first, last - first + 1)?.into_iter().peekable();
+        drop(ns);
+
+        let mut out = vec![0; (end - offset) as usize];
+        let mut missing = Vec::new();
+        for cell in first..=last {
+            let start = grid.start_of(cell);
+            let part = offset.max(start)..end.min(start + grid.bytes());
+            let within = part.start - start..part.end - start;
+            let target = &mut out[(part.start - offset) as usize..(part.end - offset) as usize];
+            let extent = extents.next_if(|found| found.index == cell).map(|found| found.extent);
+            let tag = extent.as_ref().and_then(tag_of);
+            let base = match (&extent, tag) {
+                (None, _) => Base::Hole,
+                (Some(extent), Some(tag)) => match loans.get(&cell).filter(|(loan, _)| loan.covers(&tag)) {
+                    Some((_, bytes)) => Base::Bytes { start: extent.start, bytes: &bytes[..tag.len as usize] },
+                    None => Base::Chunk(tag),
+                },
+                (Some(extent), None) => match &extent.data {
+                    ExtentData::Inline(bytes) => Base::Bytes { start: extent.start, bytes },
+                    ExtentData::Chunk { .. } => unreachable!("a chunk has a tag"),
+                },
+            };
+            match (view.read(cell, within, base, target).map_err(|error| cache_error(ino, error))?, tag) {
+                (Found::Missing, Some(tag)) => missing.push((cell, tag)),
+                _ => {}
+            }
+        }
+        if missing.is_empty() { Ok(Attempt::Done { bytes: out.into(), size }) } else { Ok(Attempt::Missing(missing)) }
+    }
+
+    /// Fetches a chunk and caches it. `None`: somebody else has cached it meanwhile.
+    pub(super) async fn fetch(&self, inode: &Inode, cell: CellIndex, tag: Tag) -> Result<Option<Bytes>, FsError> {
+        let turn = inode.fills.lock().entry(cell).or_default().clone();
+        let fetched = async {
+            let _turn = turn.lock().await;
+            if inode.entry.holds(cell, &tag) {
+                return Ok(None);
+            }
+            let bytes = self.chunks.get(tag.id, tag.len).await?;
+            if bytes.len() < tag.len as usize {
+                let why = format!("{} bytes came, {} were asked for", bytes.len(), tag.len);
+                return Err(FsError::ChunkUnavailable { chunk: tag.id, why });
+            }
+            let bytes = bytes.slice(..tag.len as usize);
+            if let Err(error) = inode.entry.fill(cell, tag, &bytes) {
+                debug!(ino = %inode.ino, cell, %error, "read goes past the cache");
+            }
+            Ok(Some(bytes))
+        }
+        .await;
+        let mut fills = inode.fills.lock();
+        // Ours and the map's: nobody else waits.
+        if Arc::strong_count(&turn) <= 2 {
+            fills.remove(&cell);
+        }
+        fetched
+    }
+
+    /// Fetches the next cells in the background while a file is read in order.
+    fn read_ahead(self: &Arc<Self>, inode: &Arc<Inode>, range: Range<u64>, size: u64) {
+        if range.start >= range.end {
+            return;
+        }
+        let grid = inode.entry.cell_size();
+        let cells = grid.cell_of(size - 1) + 1;
+        if cells == 1 {
+            return;
+        }
+        let ahead = inode.stream.lock().advance(range, |offset| grid.cell_of(offset), cells);
+        for cell in ahead {
+            // Without a permit the cell is fetched when it is read; nothing queues up.
+            let Ok(permit) = self.read_ahead.clone().try_acquire_owned() else { return };
+            let Ok(Some(extent)) = extent_of(&self.meta.replica().read(), inode.ino, cell) else { continue };
+            let Some(tag) = tag_of(&extent) else { continue };
+            if inode.entry.holds(cell, &tag) {
+                continue;
+            }
+            let (shared, inode) = (self.clone(), inode.clone());
+            self.runtime.spawn(async move {
+                let _permit = permit;
+                if let Err(error) = shared.fetch(&inode, cell, tag).await {
+                    debug!(ino = %inode.ino, cell, %error, "read-ahead");
+                }
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn run(reads: impl IntoIterator<Item = Range<u64>>) -> Vec<CellIndex> {
+        let mut stream = Stream::default();
+        reads.into_iter().flat_map(|range| stream.advance(range, |offset| offset / MIB, 100)).collect()
+    }
+
+    #[test]
+    fn a_file_read_in_order_is_fetched_ahead_once_and_to_its_end() {
+        let got = run((0..100 * 8).map(|n| n * MIB / 8..(n + 1) * MIB / 8));
+        assert_eq!(got, (1..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn scattered_reads_fetch_nothing_ahead() {
+        assert_eq!(run((0..50).map(|n| (n * 37 % 50) * 2 * MIB..(n * 37 % 50) * 2 * MIB + 4096)), []);
+    }
+}

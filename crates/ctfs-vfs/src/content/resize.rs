@@ -1,0 +1,150 @@
+//! Operations that take bytes away or change the size: truncate, punch, zero, allocate.
+
+use std::{ops::Range, sync::Arc};
+
+use ctfs_meta::{Op, Reply, SetAttr};
+use ctfs_types::{Attr, Ino, limits::FILE_BYTES_MAX};
+
+use super::{Inode, Shared, extent_of, flush::Cut, write::Place};
+use crate::FsError;
+
+impl Shared {
+    pub(super) async fn set_attr(&self, ino: Ino, set: SetAttr) -> Result<Attr, FsError> {
+        if set.size.is_some_and(|size| size > FILE_BYTES_MAX) {
+            return Err(FsError::TooBig);
+        }
+        let inode = self.inode(ino)?;
+        let gate = inode.gate.write().await;
+        let flushing = inode.flushing.lock().await;
+        // Earlier writes that drop setuid come before a chmod that sets it.
+        let drop_first = set.mode.is_some() && inode.local.lock().drop_is_pending();
+        if drop_first {
+            let pending = inode.local.lock().mtime;
+            let mtime = Some(self.mtime_to_commit(ino, pending)?);
+            let op = Op::Write { ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true };
+            self.meta.propose(op).await?;
+            let mut local = inode.local.lock();
+            local.drops_committed = local.drops_wanted;
+        }
+        let (size, times) = (set.size, set.mtime.is_some());
+        // The metadata first: if they refuse, every unflushed byte is still there.
+        let mut attr = match self.meta.propose(Op::SetAttr { ino, set }).await? {
+            Reply::Attr(attr) | Reply::Entry { attr, .. } | Reply::Written { attr, .. } => attr,
+            other => return Err(FsError::Store(format!("a change of attributes was answered as {other:?}"))),
+        };
+        if let Some(size) = size {
+            inode.entry.abandon_flush();
+            inode.entry.discard(size..u64::MAX);
+        }
+        {
+            let mut local = inode.local.lock();
+            if size.is_some() {
+                // Unflushed bytes that are left lie below the size that the metadata have now.
+                local.size = None;
+            }
+            if size.is_some() || times {
+                local.mtime = None;
+            }
+        }
+        drop(flushing);
+        drop(gate);
+        self.overlay(&mut attr);
+        Ok(attr)
+    }
+
+    pub(super) async fn allocate(&self, ino: Ino, mode: i32, offset: u64, len: u64) -> Result<(), FsError> {
+        let end = offset.checked_add(len).filter(|&end| end <= FILE_BYTES_MAX).ok_or(FsError::TooBig)?;
+        if len == 0 {
+            return Err(FsError::Invalid("fallocate of no bytes"));
+        }
+        let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+        let zero = match mode & !libc::FALLOC_FL_KEEP_SIZE {
+            0 => false,
+            libc::FALLOC_FL_PUNCH_HOLE if keep_size => true,
+            libc::FALLOC_FL_ZERO_RANGE => true,
+            _ => return Err(FsError::Unsupported("this mode of fallocate")),
+        };
+        self.be_current().await?;
+        let inode = self.inode(ino)?;
+        let _gate = inode.gate.write().await;
+        if zero {
+            let size = self.size(&inode)?;
+            if offset < size {
+                self.zero(&inode, offset..end.min(size), end >= size).await?;
+            }
+            self.touch(&inode, &mut inode.local.lock(), false);
+        }
+        if !keep_size && end > self.size(&inode)? {
+            // Not SetAttr: a size that somebody else made larger meanwhile stays.
+            let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false };
+            self.meta.propose(op).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a range zero, as holes where it covers whole cells. `to_end`: nothing lies behind it,
+    /// so a last part of a cell counts as whole. The caller holds the gate alone.
+    async fn zero(&self, inode: &Arc<Inode>, range: Range<u64>, to_end: bool) -> Result<(), FsError> {
+        let (ino, grid) = (inode.ino, inode.entry.cell_size());
+        let first = range.start.div_ceil(grid.bytes());
+        let last = if to_end { range.end.div_ceil(grid.bytes()) } else { grid.cell_of(range.end) };
+        if first >= last {
+            return self.zero_edge(inode, range).await;
+        }
+        {
+            let _turn = inode.flushing.lock().await;
+            self.meta.propose(Op::Punch { ino, first, cells: last - first }).await?;
+            inode.entry.abandon_flush();
+            inode.entry.discard(grid.start_of(first)..grid.start_of(last));
+        }
+        self.zero_edge(inode, range.start..grid.start_of(first)).await?;
+        self.zero_edge(inode, grid.start_of(last)..range.end).await
+    }
+
+    /// Writes zeros over the data in a range, which lies in few cells.
+    async fn zero_edge(&self, inode: &Arc<Inode>, range: Range<u64>) -> Result<(), FsError> {
+        let grid = inode.entry.cell_size();
+        let mut at = range.start;
+        while at < range.end {
+            let cell = grid.cell_of(at);
+            let start = grid.start_of(cell);
+            let part = at..range.end.min(start + grid.bytes());
+            let has_data = {
+                let view = inode.entry.view();
+                let extent = extent_of(&self.meta.replica().read(), inode.ino, cell)?;
+                view.is_unflushed(part.clone())
+                    || extent.is_some_and(|extent| {
+                        start + u64::from(extent.start) < part.end && part.start < start + u64::from(extent.end())
+                    })
+            };
+            if has_data {
+                let zeros = vec![0; (part.end - part.start) as usize];
+                self.write_piece(inode, Place::At(part.start), &zeros, false).await?;
+            }
+            at = part.end;
+        }
+        Ok(())
+    }
+
+    /// Shares whole cells of another file. Both were flushed; the caller has checked the grids.
+    pub(super) async fn clone_cells(
+        &self,
+        source: Ino,
+        first: u64,
+        target: &Arc<Inode>,
+        to: u64,
+        cells: u64,
+        size_at_least: u64,
+    ) -> Result<(), FsError> {
+        let grid = target.entry.cell_size();
+        let _gate = target.gate.write().await;
+        let _turn = target.flushing.lock().await;
+        // Nothing may be unflushed over the new cells.
+        self.flush_locked(target, Cut::Everything).await?;
+        let op = Op::CloneCells { source, first, ino: target.ino, to, cells, size_at_least };
+        self.meta.propose(op).await?;
+        target.entry.drop_clean(grid.start_of(to)..grid.start_of(to + cells));
+        self.touch(target, &mut target.local.lock(), true);
+        Ok(())
+    }
+}

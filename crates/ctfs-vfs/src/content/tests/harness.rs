@@ -1,0 +1,180 @@
+//! A cluster in memory: servers that share one namespace and one set of chunks.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use ctfs_chunk::tier::{CacheTier, TierSettings};
+use ctfs_meta::{
+    Batch, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace,
+};
+use ctfs_types::{Attr, CellSize, ChunkId, FileName, Incarnation, Ino, NodeId, RequestId, Timestamp};
+use parking_lot::{Mutex, RwLock};
+
+use crate::{ChunkAccess, Content, ContentSettings, FsError, Metadata, SpaceReport};
+
+pub const CELL: u64 = 256 << 10;
+
+/// What the servers share.
+pub struct Cluster {
+    namespace: SharedNamespace,
+    seq: AtomicU64,
+    chunks: Mutex<BTreeMap<ChunkId, Bytes>>,
+    servers: Mutex<Vec<Weak<Content>>>,
+    pub puts: AtomicU32,
+    pub gets: AtomicU32,
+    /// So many puts fail.
+    pub failing_puts: AtomicU32,
+    /// No proposal reaches a quorum.
+    pub cut_off: AtomicBool,
+}
+
+impl Cluster {
+    pub fn new() -> Arc<Self> {
+        let namespace = Namespace::open(Box::new(MemoryStore::default())).unwrap();
+        let cluster = Arc::new(Self {
+            namespace: Arc::new(RwLock::new(namespace)),
+            seq: AtomicU64::new(1),
+            chunks: Mutex::default(),
+            servers: Mutex::default(),
+            puts: AtomicU32::new(0),
+            gets: AtomicU32::new(0),
+            failing_puts: AtomicU32::new(0),
+            cut_off: AtomicBool::new(false),
+        });
+        let policy = Policy { copies: None, cell: CellSize::from_bytes(CELL) };
+        cluster.apply(Op::SetPolicy { ino: Ino::ROOT, policy }).unwrap();
+        cluster
+    }
+
+    pub fn apply(&self, op: Op) -> Result<Reply, FsError> {
+        if self.cut_off.load(SeqCst) {
+            return Err(FsError::NoQuorum { waited: Duration::from_secs(1) });
+        }
+        let seq = self.seq.fetch_add(1, SeqCst);
+        let request = RequestId { client: 1, seq };
+        let at = Timestamp::new(1_000_000 + seq as i64, 0);
+        let mut ns = self.namespace.write();
+        let index = ns.applied().next();
+        let mut applied = ns.apply(index, &[Command { request, answered: seq - 1, at, op }], Batch::new()).unwrap();
+        // As consensus may do it: still under the lock of the replica.
+        let servers: Vec<_> = self.servers.lock().iter().filter_map(Weak::upgrade).collect();
+        for server in servers {
+            applied.changes.iter().for_each(|(_, change)| server.changed(change));
+        }
+        Ok(applied.verdicts.remove(0)?)
+    }
+
+    pub fn make(&self, name: &str) -> Ino {
+        let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true };
+        let op = Op::Make { parent: Ino::ROOT, name: FileName::new(name.as_bytes()).unwrap(), node };
+        match self.apply(op).unwrap() {
+            Reply::Entry { attr, .. } => attr.ino,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn attr(&self, ino: Ino) -> Attr {
+        self.namespace.read().attr(ino).unwrap().unwrap()
+    }
+
+    pub fn server(self: &Arc<Self>, limit: u64) -> Server {
+        self.server_with(limit, ContentSettings::default())
+    }
+
+    pub fn server_with(self: &Arc<Self>, limit: u64, settings: ContentSettings) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        let tier = CacheTier::open(TierSettings::new(dir.path().join("tier"), limit)).unwrap();
+        let access = Arc::new(Access { cluster: self.clone() });
+        let content = Arc::new(Content::new(access.clone(), access, tier, settings));
+        self.servers.lock().push(Arc::downgrade(&content));
+        Server { content, _dir: dir }
+    }
+}
+
+pub struct Server {
+    pub content: Arc<Content>,
+    _dir: tempfile::TempDir,
+}
+
+impl std::ops::Deref for Server {
+    type Target = Content;
+
+    fn deref(&self) -> &Content {
+        &self.content
+    }
+}
+
+struct Access {
+    cluster: Arc<Cluster>,
+}
+
+#[async_trait]
+impl Metadata for Access {
+    fn replica(&self) -> &SharedNamespace {
+        &self.cluster.namespace
+    }
+
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        // Let others run between the merge and the commit, as the network would.
+        tokio::task::yield_now().await;
+        self.cluster.apply(op)
+    }
+
+    async fn barrier(&self) -> Result<(), FsError> {
+        Ok(())
+    }
+
+    fn node(&self) -> NodeId {
+        NodeId(1)
+    }
+
+    fn incarnation(&self) -> Incarnation {
+        Incarnation(1)
+    }
+
+    fn leased(&self) -> bool {
+        true
+    }
+}
+
+#[async_trait]
+impl ChunkAccess for Access {
+    async fn get(&self, id: ChunkId, len: u32) -> Result<Bytes, FsError> {
+        tokio::task::yield_now().await;
+        self.cluster.gets.fetch_add(1, SeqCst);
+        let bytes = self.cluster.chunks.lock().get(&id).cloned().ok_or(FsError::ChunkLost { chunk: id })?;
+        assert!(len as usize <= bytes.len(), "an extent names more bytes than its chunk has");
+        Ok(bytes)
+    }
+
+    async fn put(&self, bytes: Bytes, _copies: u8) -> Result<ChunkId, FsError> {
+        tokio::task::yield_now().await;
+        let less = |left: u32| left.checked_sub(1);
+        if self.cluster.failing_puts.fetch_update(SeqCst, SeqCst, less).is_ok() {
+            return Err(FsError::TooFewCopies { wanted: 2, synced: 1 });
+        }
+        self.cluster.puts.fetch_add(1, SeqCst);
+        let id = ChunkId(*blake3::hash(&bytes).as_bytes());
+        self.cluster.chunks.lock().insert(id, bytes);
+        Ok(id)
+    }
+
+    fn prefetch(&self, _id: ChunkId, _len: u32) {}
+
+    fn free(&self) -> SpaceReport {
+        SpaceReport::default()
+    }
+}
+
+/// Bytes that tell where they are from: no two seeds, and few offsets, look alike.
+pub fn pattern(seed: u8, len: usize) -> Bytes {
+    (0..len).map(|n| seed.wrapping_mul(31).wrapping_add((n / 7) as u8) | 1).collect::<Vec<u8>>().into()
+}

@@ -1,0 +1,133 @@
+//! Writing into the cache tier, and waiting for room in it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use ctfs_types::{Ino, limits::FILE_BYTES_MAX};
+use tokio::time::{Instant, timeout_at};
+
+use super::{Inode, Local, Shared, attr_of, cache_error, now};
+use crate::FsError;
+
+/// Least bytes that a write is cut into where the tier is small.
+const PIECE_BYTES_MIN: u64 = 64 << 10;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    At(u64),
+    End,
+}
+
+impl Shared {
+    /// Answers where the bytes went and how many they were.
+    pub(super) async fn write(
+        &self,
+        ino: Ino,
+        place: Place,
+        data: Bytes,
+        drop_privileges: bool,
+    ) -> Result<(u64, u32), FsError> {
+        let inode = self.inode(ino)?;
+        if let Place::End = place {
+            self.be_current().await?;
+        }
+        let _gate = inode.enter().await;
+        let piece_bytes = (self.tier.limit() / 8).max(PIECE_BYTES_MIN) as usize;
+        let mut at = None;
+        let mut done = 0;
+        loop {
+            let piece = data.slice(done..data.len().min(done + piece_bytes));
+            let place = match at {
+                Some(start) => Place::At(start + done as u64),
+                None => place,
+            };
+            match self.write_piece(&inode, place, &piece, drop_privileges).await {
+                Ok(offset) => at = at.or(Some(offset)),
+                // What was written before counts, as write(2) has it.
+                Err(_) if done > 0 => return Ok((at.unwrap_or(0), done as u32)),
+                Err(error) => return Err(error),
+            }
+            done += piece.len();
+            if done >= data.len() {
+                return Ok((at.unwrap_or(0), done as u32));
+            }
+        }
+    }
+
+    /// Writes bytes, waiting for room if there is none. The caller has entered the gate.
+    pub(super) async fn write_piece(
+        &self,
+        inode: &Arc<Inode>,
+        place: Place,
+        data: &[u8],
+        drop_privileges: bool,
+    ) -> Result<u64, FsError> {
+        match self.try_write(inode, place, data, drop_privileges) {
+            Err(FsError::CacheFull) => {}
+            done => return done,
+        }
+        let deadline = Instant::now() + self.settings.room_patience;
+        loop {
+            // Registered before looking, so that a flush that ends in between is not missed.
+            let drained = self.drained.notified();
+            tokio::pin!(drained);
+            drained.as_mut().enable();
+            match self.try_write(inode, place, data, drop_privileges) {
+                // Nothing is left to be flushed, so waiting would not make room.
+                Err(FsError::CacheFull) if self.tier.dirty_bytes() == 0 => return Err(FsError::CacheFull),
+                Err(FsError::CacheFull) => {}
+                done => return done,
+            }
+            self.kick.notify_one();
+            timeout_at(deadline, drained).await.map_err(|_| FsError::CacheFull)?;
+        }
+    }
+
+    /// Writes bytes if there is room. Never waits.
+    ///
+    /// # Errors
+    /// [`FsError::CacheFull`] also when unflushed bytes would take more than half of the tier: the
+    /// other half is for reading.
+    fn try_write(
+        &self,
+        inode: &Arc<Inode>,
+        place: Place,
+        data: &[u8],
+        drop_privileges: bool,
+    ) -> Result<u64, FsError> {
+        let dirty = self.tier.dirty_bytes();
+        if dirty > 0 && dirty + data.len() as u64 > self.tier.limit() / 2 {
+            return Err(FsError::CacheFull);
+        }
+        // Held over the write: two appends must not find the same end.
+        let mut local = inode.local.lock();
+        let offset = match place {
+            Place::At(offset) => offset,
+            Place::End => {
+                let attr = attr_of(&self.meta.replica().read(), inode.ino)?;
+                attr.size.max(local.size.unwrap_or(0))
+            }
+        };
+        let end = offset.checked_add(data.len() as u64).filter(|&end| end <= FILE_BYTES_MAX).ok_or(FsError::TooBig)?;
+        inode.entry.write(offset, data).map_err(|error| cache_error(inode.ino, error))?;
+        if !data.is_empty() {
+            local.size = local.size.max(Some(end));
+            self.touch(inode, &mut local, drop_privileges);
+        }
+        let much = inode.entry.dirty_bytes() > self.settings.dirty_inode_bytes;
+        if much && !local.in_background {
+            self.kick.notify_one();
+        }
+        Ok(offset)
+    }
+
+    /// Notes that the file was changed here, now.
+    pub(super) fn touch(&self, inode: &Arc<Inode>, local: &mut Local, drop_privileges: bool) {
+        local.mtime = Some(now());
+        local.drops_wanted += u64::from(drop_privileges);
+        if local.since.is_none() {
+            local.since = Some(std::time::Instant::now());
+            self.pending.lock().insert(inode.ino, inode.clone());
+        }
+    }
+}
