@@ -93,14 +93,15 @@ pub(super) fn proves_synced(salt: u32, bytes: &[u8], index: u64) -> bool {
     let mut at = 0;
     while let Some(header) = bytes.get(at..at + FRAME_HEADER_BYTES) {
         let length = u32_at(header, 0) as usize;
-        if length <= PAYLOAD_BYTES_MAX && plausible.contains(&u64_at(header, 8)) {
-            if let Some(frame) = read(salt, &bytes[at..]) {
-                if frame.synced > index {
-                    return true;
-                }
-                at += frame.bytes();
-                continue;
+        if length <= PAYLOAD_BYTES_MAX
+            && plausible.contains(&u64_at(header, 8))
+            && let Some(frame) = read(salt, &bytes[at..])
+        {
+            if frame.synced > index {
+                return true;
             }
+            at += frame.bytes();
+            continue;
         }
         at += 1;
     }

@@ -65,7 +65,7 @@ fn make(seq: u64, name: &str) -> Command {
 fn entry(index: u64) -> RaftEntry {
     let payload = if index == 0 {
         EntryPayload::Membership(Membership::new(vec![BTreeSet::from([1])], ()))
-    } else if index % 5 == 0 {
+    } else if index.is_multiple_of(5) {
         let name = FileName::new(format!("file-{}", index - 2).as_bytes()).unwrap();
         EntryPayload::Normal(Entries { commands: vec![command(index, Op::Unlink { parent: Ino::ROOT, name })] })
     } else {
