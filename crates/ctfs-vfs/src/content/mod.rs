@@ -11,9 +11,13 @@
 //!
 //! | Lock | Held by | For |
 //! | --- | --- | --- |
-//! | [`Inode::gate`] | shared: read, write; alone: truncate, punch, clone | an operation that takes bytes away sees no other half-way |
+//! | [`Inode::gate`] | shared: write; alone: truncate, punch, clone | what takes bytes away drops no byte written meanwhile |
 //! | [`Inode::flushing`] | one flush, truncate, punch or clone at a time | flushing ranges have one owner |
 //! | [`Inode::local`], the tier entry, the replica | short, never across an await, taken in this order | |
+//!
+//! A read takes no gate: the kernel may hold a page locked for it, and the change that a truncate
+//! waits for may in turn wait for that page. [`Local::cut`] tells a read on which side of a truncate
+//! it is.
 //!
 //! A read of resident bytes and a write with room in the tier complete without awaiting anything.
 //!
@@ -137,6 +141,11 @@ struct Local {
     drops_committed: u64,
     /// Since when something waits to be flushed.
     since: Option<Instant>,
+    /// While a truncate is under way: the file's data version before it. Once the metadata show
+    /// another, the unflushed bytes past their size are as good as gone.
+    cut: Option<u64>,
+    /// Counts the changes of `cut`; a read that saw it move starts over.
+    cuts: u64,
     opens: u32,
     /// What a flush failed with, until somebody is told.
     error: Option<FsError>,
@@ -152,13 +161,18 @@ impl Local {
         self.drops_wanted > self.drops_committed
     }
 
+    fn set_cut(&mut self, cut: Option<u64>) {
+        self.cut = cut;
+        self.cuts += 1;
+    }
+
     fn attributes_pending(&self) -> bool {
         self.size.is_some() || self.mtime.is_some() || self.drop_is_pending()
     }
 }
 
 impl Inode {
-    /// Joins the readers and writers of the file.
+    /// Joins the writers of the file.
     async fn enter(&self) -> tokio::sync::RwLockReadGuard<'_, ()> {
         match self.gate.try_read() {
             Ok(guard) => guard,

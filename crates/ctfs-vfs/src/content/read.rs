@@ -24,7 +24,7 @@ const STREAM_SLACK: u64 = 512 << 10;
 pub(super) type Loans = HashMap<CellIndex, (Tag, Bytes)>;
 
 enum Attempt {
-    Done { bytes: Bytes, size: u64 },
+    Done { bytes: Bytes, size: u64, cuts: u64 },
     Missing(Vec<(CellIndex, Tag)>),
 }
 
@@ -73,7 +73,6 @@ impl Shared {
             self.meta.barrier().await?;
         }
         let inode = self.inode(ino)?;
-        let _gate = inode.enter().await;
         let mut loans = Loans::new();
         for _ in 0..READ_TRIES {
             match self.try_read(&inode, offset, len, &loans)? {
@@ -82,7 +81,9 @@ impl Shared {
                     leased = false;
                     self.meta.barrier().await?;
                 }
-                Attempt::Done { bytes, size } => {
+                // Began on one side of a truncate and ended on the other.
+                Attempt::Done { cuts, .. } if inode.local.lock().cuts != cuts => {}
+                Attempt::Done { bytes, size, .. } => {
                     self.read_ahead(&inode, offset..offset + bytes.len() as u64, size);
                     return Ok(bytes);
                 }
@@ -103,14 +104,19 @@ impl Shared {
     fn try_read(&self, inode: &Inode, offset: u64, len: u32, loans: &Loans) -> Result<Attempt, FsError> {
         let ino = inode.ino;
         let grid = inode.entry.cell_size();
-        let local_size = inode.local.lock().size.unwrap_or(0);
+        let (local_size, cut, cuts) = {
+            let local = inode.local.lock();
+            (local.size.unwrap_or(0), local.cut, local.cuts)
+        };
         // The entry first, the replica inside it: see `Entry::view`.
         let view = inode.entry.view();
         let ns = self.meta.replica().read();
-        let size = attr_of(&ns, ino)?.size.max(local_size);
+        let attr = attr_of(&ns, ino)?;
+        let was_cut = cut.is_some_and(|before| attr.data_version != before);
+        let size = if was_cut { attr.size } else { attr.size.max(local_size) };
         let end = offset.saturating_add(len.into()).min(size);
         if offset >= end {
-            return Ok(Attempt::Done { bytes: Bytes::new(), size });
+            return Ok(Attempt::Done { bytes: Bytes::new(), size, cuts });
         }
         let (first, last) = (grid.cell_of(offset), grid.cell_of(end - 1));
         let mut extents = ns.cells(ino, first, last - first + 1)?.into_iter().peekable();
@@ -141,7 +147,11 @@ impl Shared {
                 _ => {}
             }
         }
-        if missing.is_empty() { Ok(Attempt::Done { bytes: out.into(), size }) } else { Ok(Attempt::Missing(missing)) }
+        Ok(if missing.is_empty() {
+            Attempt::Done { bytes: out.into(), size, cuts }
+        } else {
+            Attempt::Missing(missing)
+        })
     }
 
     /// Fetches a chunk and caches it. `None`: somebody else has cached it meanwhile.

@@ -5,8 +5,25 @@ use std::{ops::Range, sync::Arc};
 use ctfs_meta::{Op, Reply, SetAttr};
 use ctfs_types::{Attr, Ino, limits::FILE_BYTES_MAX};
 
-use super::{Inode, Shared, extent_of, flush::Cut, write::Place};
+use super::{Inode, Shared, attr_of, extent_of, flush::Cut, write::Place};
 use crate::FsError;
+
+/// Marks a truncate as under way, until it is done or given up.
+struct CutMark<'a>(&'a Inode);
+
+impl<'a> CutMark<'a> {
+    fn set(shared: &Shared, inode: &'a Inode) -> Result<Self, FsError> {
+        let version = attr_of(&shared.meta.replica().read(), inode.ino)?.data_version;
+        inode.local.lock().set_cut(Some(version));
+        Ok(Self(inode))
+    }
+}
+
+impl Drop for CutMark<'_> {
+    fn drop(&mut self) {
+        self.0.local.lock().set_cut(None);
+    }
+}
 
 impl Shared {
     pub(super) async fn set_attr(&self, ino: Ino, set: SetAttr) -> Result<Attr, FsError> {
@@ -14,7 +31,11 @@ impl Shared {
             return Err(FsError::TooBig);
         }
         let inode = self.inode(ino)?;
-        let gate = inode.gate.write().await;
+        // Only a new size takes bytes away.
+        let gate = match set.size {
+            Some(_) => Some(inode.gate.write().await),
+            None => None,
+        };
         let flushing = inode.flushing.lock().await;
         // Earlier writes that drop setuid come before a chmod that sets it.
         let drop_first = set.mode.is_some() && inode.local.lock().drop_is_pending();
@@ -27,6 +48,7 @@ impl Shared {
             local.drops_committed = local.drops_wanted;
         }
         let (size, times) = (set.size, set.mtime.is_some());
+        let cut = size.map(|_| CutMark::set(self, &inode)).transpose()?;
         // The metadata first: if they refuse, every unflushed byte is still there.
         let mut attr = match self.meta.propose(Op::SetAttr { ino, set }).await? {
             Reply::Attr(attr) | Reply::Entry { attr, .. } | Reply::Written { attr, .. } => attr,
@@ -46,6 +68,7 @@ impl Shared {
                 local.mtime = None;
             }
         }
+        drop(cut);
         drop(flushing);
         drop(gate);
         self.overlay(&mut attr);

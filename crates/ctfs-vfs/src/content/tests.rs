@@ -131,6 +131,35 @@ async fn a_sparse_file_stays_sparse() {
     assert_eq!(cluster.attr(ino).allocated, attr.allocated);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_beside_a_truncate_sees_before_or_after() {
+    let cluster = Cluster::new();
+    let server = cluster.server(1 << 24);
+    let ino = cluster.make("file");
+    let data = pattern(1, CELL as usize + 20_000);
+    let content = server.content.clone();
+    let (whole, stop) = (data.clone(), Arc::new(AtomicBool::new(false)));
+    let stopped = stop.clone();
+    let reader = tokio::spawn(async move {
+        while !stopped.load(Relaxed) {
+            let got = content.read(ino, 0, 1 << 20).await.unwrap();
+            // The writes below come in two pieces, so the file has one of these sizes.
+            assert!([0, 10_000, whole.len()].contains(&got.len()), "{} bytes", got.len());
+            assert!(got == whole[..got.len()], "zeros of a half-done truncate");
+            tokio::task::yield_now().await;
+        }
+    });
+    for _ in 0..300 {
+        // Committed bytes below, unflushed ones above.
+        server.write(ino, 0, data.slice(..10_000), false).await.unwrap();
+        server.flush(ino).await.unwrap();
+        server.write(ino, 10_000, data.slice(10_000..), false).await.unwrap();
+        server.truncate(ino, SetAttr { size: Some(0), ..SetAttr::default() }).await.unwrap();
+    }
+    stop.store(true, Relaxed);
+    reader.await.unwrap();
+}
+
 #[tokio::test]
 async fn small_files_live_in_the_metadata() {
     let cluster = Cluster::new();
