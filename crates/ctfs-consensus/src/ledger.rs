@@ -318,7 +318,7 @@ mod tests {
         ledger.applied(LogIndex(13), at(3250));
         ack(&mut ledger, A, 13, 3250);
         ack(&mut ledger, B, 13, 3250);
-        assert_eq!(ack(&mut ledger, C, 12, 3300), None, "one second of pause after a lapse");
+        assert_eq!(ack(&mut ledger, C, 11, 3300), None, "one second of pause after a lapse");
         assert_eq!(ack(&mut ledger, C, 11, 4300), None, "still lacks what it let lapse");
         let grant = ack(&mut ledger, C, 12, 4300).expect("readmitted");
         assert_eq!(grant.from, LogIndex(13));
