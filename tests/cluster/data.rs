@@ -71,7 +71,8 @@ fn close_on_one_server_then_open_on_another_shows_it() {
         let (from, to) = (1 + round as usize % 3, 1 + (round as usize + 1) % 3);
         let bytes = noise(round, 1 + (round as usize * 7919) % 300_000);
         fs::write(cluster.mnt(from).join("file"), &bytes).unwrap();
-        assert!(fs::read(cluster.mnt(to).join("file")).unwrap() == bytes, "round {round}: s{to} reads other bytes than s{from} wrote");
+        let found = fs::read(cluster.mnt(to).join("file")).unwrap_or_else(|e| panic!("round {round}: s{to} after s{from}: {e}"));
+        assert!(found == bytes, "round {round}: s{to} reads other bytes than s{from} wrote");
         let name = format!("name-{round}");
         fs::rename(cluster.mnt(to).join("file"), cluster.mnt(to).join(&name)).unwrap();
         assert!(!cluster.mnt(from).join("file").exists(), "round {round}");

@@ -135,15 +135,13 @@ pub fn make(root: &Path, files: usize) {
 set -euo pipefail
 root={root}
 mkdir -p "$root/real"
-n=0
+mkdir -p "$root/real"
+list=$(mktemp)
 for source in /usr/include "$HOME/.cargo/registry/src" /usr/share/doc /usr/lib/python3; do
-    [ -d "$source" ] || continue
-    [ $n -lt {files} ] || break
-    take=$(( {files} - n ))
-    (cd "$source" && find . -xdev -type f -size -256k -print0 | sort -z | head -z -n $take | cpio -0pdm --quiet "$root/real/$(basename "$source")" 2>/dev/null \
-        || find . -xdev -type f -size -256k -print0 | sort -z | head -z -n $take | tar --null -T - -cf - | (mkdir -p "$root/real/$(basename "$source")" && tar -C "$root/real/$(basename "$source")" -xf -))
-    n=$(find "$root/real" -type f | wc -l)
+    [ -d "$source" ] && find "$source" -xdev -type f -size -256k -print0 >>"$list"
 done
+python3 -c 'import sys; names = open(sys.argv[1], "rb").read().split(b"\0")[:int(sys.argv[2])]; sys.stdout.buffer.write(b"\0".join(names))' "$list" {files} | tar --null -T - -P -cf - | tar -C "$root/real" -xf - --strip-components=1
+rm -f "$list"
 cd "$root"
 mkdir odd && cd odd
 echo original > a; ln a b; mkdir d; ln a d/c
