@@ -48,13 +48,14 @@ impl Down {
             Ok(Response::Done(done)) => done,
             Ok(_) => return Err(super::unexpected()),
             // It went away before its answer was written, or between two calls.
-            Err(ClientError::Broken(_) | ClientError::NotRunning) => DoneReport { message: "down".into(), notes: vec![] },
+            Err(ClientError::Broken(_) | ClientError::NotRunning) => DoneReport::default(),
             Err(error) => return Err(error.into_problem(state)),
         };
         if let Some(process) = process {
             wait(process, until, context)?;
         }
-        super::say_done(context, &done);
+        // The daemon answered before it was through; now it is.
+        super::say_done(context, &DoneReport { message: "down; `ctfs up` brings it back".into(), notes: done.notes });
         Ok(exit::OK)
     }
 }

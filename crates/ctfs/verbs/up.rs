@@ -249,7 +249,7 @@ fn status(context: &Context) -> Option<StatusReport> {
 
 fn summary(came: Came, plan: &Plan, status: Option<&StatusReport>, took: Duration, state: &Path) -> String {
     let line = |left: String, right: String| format!("  {left:<42} {right}").trim_end().to_owned() + "\n";
-    let next = |command: &str, what: &str| format!("  next  {:<36} {what}", spelled(command, state)).trim_end().to_owned() + "\n";
+    let next = |command: &str, what: &str| format!("  next  {:<35}  {what}", spelled(command, state)).trim_end().to_owned() + "\n";
     let total = status.map_or(0, |status| status.servers.len());
     let alive = status.map_or(0, |status| status.servers.iter().filter(|server| server.state == ServerState::Up).count());
     let cluster = match status {
