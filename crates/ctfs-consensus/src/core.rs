@@ -67,7 +67,10 @@ pub(crate) struct Numbers {
 impl Numbers {
     /// The next `seq`, and the `answered` that goes with it.
     pub fn take(&mut self, now: Instant) -> (u64, u64) {
-        while let Some((_, seq)) = self.stray.pop_front_if(|(until, _)| *until <= now) {
+        while let Some(&(until, seq)) = self.stray.front()
+            && until <= now
+        {
+            self.stray.pop_front();
             self.open.remove(&seq);
         }
         self.last += 1;
