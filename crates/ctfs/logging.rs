@@ -17,7 +17,7 @@ use tracing_subscriber::{
 use crate::choices::LogFormat;
 
 /// What libraries say is below our own level: their news is not an operator's.
-const LIBRARIES: &str = "openraft=warn,quinn=warn,quinn_proto=warn,quinn_udp=error,rustls=warn,sled=warn,fuser=warn";
+const LIBRARIES: &str = "openraft=off,quinn=warn,quinn_proto=warn,quinn_udp=error,rustls=warn,sled=warn,fuser=warn";
 
 /// Starts logging at `level`, or at what CTFS_LOG says: a level, or a filter such as
 /// `info,ctfs_chunk=debug`.

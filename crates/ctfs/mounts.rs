@@ -87,26 +87,33 @@ pub fn detach_dead(path: &Path) -> Result<bool, Problem> {
 /// # Errors
 /// E0101, E0102, E0103 or E0120.
 pub fn validate(path: &Path, others: &[&Path]) -> Result<(), Problem> {
-    let shown = path.display();
     let place = resolved(path);
+    empty(path, &place)?;
     for other in others {
         let other = resolved(other);
         if place.starts_with(&other) || other.starts_with(&place) {
-            return Err(Problem::new(Code::PathsOverlap, format!("{shown} and {} lie inside each other", other.display()))
+            return Err(Problem::new(Code::PathsOverlap, format!("{} and {} lie inside each other", path.display(), other.display()))
                 .why("the file system would be kept inside itself")
                 .try_next("choose another directory to mount on, or other --state and --cache-dir"));
         }
     }
-    if let Some(mounted) = mounted_on(&place)? {
+    Ok(())
+}
+
+/// Whether `place` is missing, or a directory with nothing in it and on it; `path` is how it was spelled.
+fn empty(path: &Path, place: &Path) -> Result<(), Problem> {
+    let shown = path.display();
+    if let Some(mounted) = mounted_on(place)? {
         return Err(Problem::new(Code::AlreadyMounted, format!("{shown} is a mount point already"))
             .why(format!("{} of type {} is mounted there", mounted.source, mounted.fstype))
             .try_next("choose another directory")
             .try_next(format!("umount {shown}")));
     }
-    match fs::metadata(&place) {
+    match fs::metadata(place) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-            return Err(Problem::new(Code::NotADirectory, format!("{shown} cannot be a directory")).why("a part of the path is a file"));
+            return Err(Problem::new(Code::NotADirectory, format!("{shown} cannot be a directory")).why("a part of the path is a file")
+                .try_next("name an empty directory, or one that does not exist yet"));
         }
         Err(error) => return Err(Problem::io(&format!("look at {shown}"), &error)),
         Ok(meta) if !meta.is_dir() => {
@@ -115,7 +122,7 @@ pub fn validate(path: &Path, others: &[&Path]) -> Result<(), Problem> {
         }
         Ok(_) => {}
     }
-    let mut entries = fs::read_dir(&place).map_err(|error| Problem::io(&format!("look into {shown}"), &error))?;
+    let mut entries = fs::read_dir(place).map_err(|error| Problem::io(&format!("look into {shown}"), &error))?;
     if entries.next().is_some() {
         return Err(Problem::new(Code::NotEmpty, format!("{shown} is not empty"))
             .why("its files would be hidden under the mount")

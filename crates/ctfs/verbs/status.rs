@@ -92,12 +92,10 @@ fn wait(context: &Context, wanted: Wanted, timeout: Duration) -> Result<StatusRe
     loop {
         let looked = look(context, super::LOOK.min(timeout));
         let met = looked.as_ref().is_ok_and(|report| wanted.met_by(report.verdict));
-        let wrong = looked.as_ref().is_err_and(|problem| !problem.is(Code::NotRunning) && !problem.is(Code::TimedOut));
-        if met || wrong || Instant::now() + LOOK_AGAIN > until {
-            return looked.map_err(|problem| match problem.is(Code::NotRunning) {
-                true => Problem { exit: exit::TIMED_OUT, ..problem },
-                false => problem,
-            });
+        // Of all that can be wrong, only this does not pass by itself.
+        let refused = looked.as_ref().is_err_and(|problem| problem.is(Code::PermissionDenied));
+        if met || refused || Instant::now() + LOOK_AGAIN > until {
+            return looked.map_err(|problem| if refused { problem } else { Problem { exit: exit::TIMED_OUT, ..problem } });
         }
         thread::sleep(LOOK_AGAIN);
     }

@@ -7,12 +7,13 @@ use ctfs_node::{
     admin::{Request, Response},
     problem::exit,
 };
+use serde::Serialize;
 
 use crate::{Context, choices, errors::Outcome, ui::counted};
 
 /// Print the line that lets the next server join
 ///
-/// The line is the only thing on stdout. Whoever has it can join until it expires or is used up.
+/// The line is the only thing on stdout, so that it can be piped. Whoever has it can join until it expires or is used up.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  ctfs token                   one server, within an hour\n  ctfs token --uses 2 --ttl 1d\n  ctfs token | ssh node2 ctfs up /srv/data --join -")]
 pub struct Token {
@@ -22,6 +23,20 @@ pub struct Token {
 
     /// How many servers may join with it
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), default_value_t = 1)]
+    uses: u32,
+
+    /// For machines
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Printed {
+    line: String,
+    token: String,
+    /// RFC 3339.
+    expires: String,
     uses: u32,
 }
 
@@ -42,9 +57,13 @@ impl Token {
         let Response::Token(token) = super::ask(context, &request, super::CHANGE)? else {
             return Err(super::unexpected());
         };
-        context.ui.print(&format!("{}\n", token.line));
-        let expires = humantime::format_rfc3339_seconds(SystemTime::from(token.expires));
-        context.ui.talk(&format!("  valid until {expires}, {}\n", counted(token.uses.into(), "use")));
+        let expires = humantime::format_rfc3339_seconds(SystemTime::from(token.expires)).to_string();
+        if self.json {
+            context.ui.json(&Printed { line: token.line, token: token.token, expires, uses: token.uses })?;
+        } else {
+            context.ui.print(&format!("{}\n", token.line));
+            context.ui.talk(&format!("  valid until {expires}, {}\n", counted(token.uses.into(), "use")));
+        }
         Ok(exit::OK)
     }
 }
