@@ -89,7 +89,7 @@ fn what_travels_between_servers_is_encrypted() {
     let pid = std::process::id();
     let mut tcpdump = Command::new("nsenter")
         .arg("--net=/run/netns/ctfs-t-plaintext-1")
-        .args(["tcpdump", "-i", "any", "-U", "-s", "0", "-w"])
+        .args(["tcpdump", "--immediate-mode", "-Z", "root", "-i", "any", "-U", "-s", "0", "-w"])
         .arg(capture.path())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -166,7 +166,7 @@ truncate -s 10M sparse; printf middle | dd of=sparse bs=1 seek=5000000 conv=notr
 truncate -s 3M only-hole; : > empty
 head -c 4096 /dev/urandom > inline-most; head -c 4097 /dev/urandom > inline-more
 head -c 1048576 /dev/urandom > one-chunk; head -c 2500000 /dev/urandom > three-chunks
-touch "$(printf 'not-utf8-\xff\xfe')" "$(printf 'new\nline')" "$(printf 'n%.0s' $(seq 255))" ' leading space' '-dash' '*star?'
+touch -- "$(printf 'not-utf8-\xff\xfe')" "$(printf 'new\nline')" "$(printf 'n%.0s' $(seq 255))" ' leading space' '-dash' '*star?'
 touch -d '1960-01-02 03:04:05.123456789' old; touch -d '2100-12-31 23:59:59.999999999' future; touch -h -d '2001-01-01' dangling
 touch -d '2010-10-10 10:10:10.101010101' d
 "#,

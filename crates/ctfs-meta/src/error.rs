@@ -47,6 +47,9 @@ pub enum MetaError {
     /// The owner belongs to a life of a server that has ended.
     #[error("this server's earlier life has ended")]
     StaleIncarnation,
+    /// A copy of a request whose verdict was delivered and forgotten; nothing was done again.
+    #[error("this request was answered before")]
+    Answered,
     #[error("the volume was founded already")]
     AlreadyFounded,
     #[error("join token is unknown, or was used up or revoked")]

@@ -67,7 +67,7 @@ fn meta_errno(verdict: &MetaError) -> c_int {
         // Merged again and again without end; the writer must hear that it did not succeed.
         MetaError::CellChanged { .. } => libc::EIO,
         MetaError::Locked { .. } => libc::EAGAIN,
-        MetaError::StaleIncarnation => libc::EIO,
+        MetaError::StaleIncarnation | MetaError::Answered => libc::EIO,
         // The rest answers operators, not programs; listed so that the table stays complete.
         MetaError::AlreadyFounded => libc::EEXIST,
         MetaError::NoSuchToken | MetaError::TokenExpired | MetaError::KeyRemoved => libc::EACCES,

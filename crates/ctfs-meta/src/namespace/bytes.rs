@@ -203,18 +203,18 @@ impl Apply<'_, '_> {
         let targets = self.cells_from(ino, to, cells)?;
         // Named once more before anything is unnamed, for the same reason.
         for id in sources.iter().filter_map(|(_, extent)| extent.chunk()) {
-            self.name_chunk(id, 0, 0)?;
+            let copies = self.copies_of(&id)?;
+            self.name_chunk(id, 0, copies)?;
         }
         for (cell, _) in targets {
             self.set_cell(ino, &mut inode, cell, None, 0)?;
         }
         for (cell, extent) in sources {
             let chunk = extent.chunk();
-            let record = match chunk {
-                Some(id) => self.txn.get::<ChunkRecord>(&keys::chunk(&id))?,
-                None => None,
+            let copies = match &chunk {
+                Some(id) => self.copies_of(id)?,
+                None => 0,
             };
-            let copies = record.map_or(0, |record| record.copies);
             let extent = Extent { stamp: self.index, ..extent };
             self.set_cell(ino, &mut inode, to + (cell - first), Some(extent), copies)?;
             if let Some(id) = chunk {
@@ -275,6 +275,11 @@ impl Apply<'_, '_> {
             self.changed(Change::ChunkWanted { chunk: id });
         }
         Ok(())
+    }
+
+    fn copies_of(&mut self, id: &ChunkId) -> Outcome<u8> {
+        let record: Option<ChunkRecord> = self.txn.get(&keys::chunk(id))?;
+        Ok(record.map_or(0, |record| record.copies))
     }
 
     fn unname_chunk(&mut self, id: ChunkId) -> Outcome<()> {

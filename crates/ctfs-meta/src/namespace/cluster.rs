@@ -52,20 +52,29 @@ impl Apply<'_, '_> {
             return Err(MetaError::KeyRemoved.into());
         }
         let mut record: TokenRecord = self.txn.get(&keys::token(token))?.ok_or(MetaError::NoSuchToken)?;
+        if record.uses_left == 0 {
+            return Err(MetaError::NoSuchToken.into());
+        }
         if record.expires < self.at {
             return Err(MetaError::TokenExpired.into());
         }
+        let mut member = member.clone();
         let (from, to) = keys::under(keys::MEMBER, &[]);
         for (key, value) in self.txn.scan(&from, &to, usize::MAX)? {
             let other: Member = records::decode(&key, &value)?;
-            if other.key != member.key && (other.name == member.name || other.node == member.node) {
+            if other.key == member.key {
+                // Ended lives stay ended, whatever the newcomer knows of them.
+                member.incarnation = member.incarnation.max(other.incarnation);
+            } else if other.name == member.name || other.node == member.node {
                 return Err(MetaError::MemberNameTaken(other.name).into());
             }
         }
-        record.uses_left = record.uses_left.saturating_sub(1);
+        record.uses_left -= 1;
         if record.uses_left == 0 { self.txn.delete(keys::token(token)) } else { self.txn.put(keys::token(token), &record) }
-        self.put_member(member);
-        Ok(Reply::Joined { member: member.clone() })
+        // A server that joins again is in a new life; what its earlier ones held is free.
+        self.release_everywhere(|owner| owner.node == member.node && owner.incarnation < member.incarnation)?;
+        self.put_member(&member);
+        Ok(Reply::Joined { member })
     }
 
     pub(super) fn incarnate(
@@ -87,6 +96,8 @@ impl Apply<'_, '_> {
             for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
                 self.txn.delete(key);
             }
+            // And no copy of its requests that still travels is applied any more.
+            self.txn.put(keys::floor(member.incarnation.0), &u64::MAX);
         }
         member.incarnation = incarnation;
         member.addresses = addresses.to_vec();

@@ -102,6 +102,12 @@ pub fn verdict(client: u64, seq: u64) -> Key {
     key(VERDICT, &[client, seq], &[])
 }
 
+/// The highest `seq` of a client whose verdict may have been forgotten. Requests count from 1, so
+/// the place of request 0 is free.
+pub fn floor(client: u64) -> Key {
+    verdict(client, 0)
+}
+
 pub fn counters() -> Key {
     vec![COUNTERS]
 }

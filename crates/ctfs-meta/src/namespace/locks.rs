@@ -57,9 +57,12 @@ impl Apply<'_, '_> {
 
     pub(super) fn lock(&mut self, ino: Ino, lock: &Lock) -> Outcome<Reply> {
         self.inode(ino)?;
-        let member: Option<Member> = self.txn.get(&keys::member(lock.owner.node))?;
-        if member.is_some_and(|member| lock.owner.incarnation < member.incarnation) {
-            return Err(MetaError::StaleIncarnation.into());
+        match self.txn.get::<Member>(&keys::member(lock.owner.node))? {
+            Some(member) if lock.owner.incarnation < member.incarnation => return Err(MetaError::StaleIncarnation.into()),
+            Some(_) => {}
+            // A late request of a removed server would leave a lock that nobody ever frees.
+            None if self.txn.get_raw(&keys::cluster())?.is_some() => return Err(MetaError::NoSuchMember.into()),
+            None => {}
         }
         let table = self.table(ino)?;
         if let Some(holder) = table.iter().find(|held| conflict(held, lock)) {

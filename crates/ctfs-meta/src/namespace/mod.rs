@@ -223,6 +223,11 @@ fn run(txn: &mut Txn<'_>, counters: &mut Counters, index: LogIndex, command: &Co
     if let Some(verdict) = txn.get(&key)? {
         return Ok(verdict);
     }
+    let floor: u64 = txn.get(&keys::floor(request.client))?.unwrap_or(0);
+    if request.seq <= floor {
+        // A stray copy: its first one was applied, answered and forgotten.
+        return Ok(Err(MetaError::Answered));
+    }
     let before = counters.clone();
     let outcome = Apply { txn, counters, index, at: command.at }.dispatch(&command.op);
     let verdict = match outcome {
@@ -237,8 +242,11 @@ fn run(txn: &mut Txn<'_>, counters: &mut Counters, index: LogIndex, command: &Co
     let forget = command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1));
     let (from, _) = keys::under(keys::VERDICT, &[request.client]);
     let to = keys::verdict(request.client, forget + 1);
-    for (old, _) in txn.scan(&from, &to, usize::MAX)? {
-        txn.delete(old);
+    if forget > floor {
+        for (old, _) in txn.scan(&from, &to, usize::MAX)? {
+            txn.delete(old);
+        }
+        txn.put(keys::floor(request.client), &forget);
     }
     txn.put(key, &verdict);
     Ok(verdict)

@@ -195,10 +195,16 @@ impl Apply<'_, '_> {
 
         // Change.
         if let (RenameMode::Exchange, Some(there)) = (mode, &there) {
-            self.unhook(from, name, moved.ino)?;
-            self.unhook(to, new_name, there.ino)?;
-            self.hook(to, new_name, moved.ino)?;
-            self.hook(from, name, there.ino)?;
+            let mut swap = [(from, name, to, new_name, &moved), (to, new_name, from, name, there)];
+            // A directory leaves last and is back first: while it hangs nowhere, no hard-linked
+            // file's home may move into or out of it, because counts follow its parent upwards.
+            swap.sort_by_key(|(.., entry)| is_dir(entry));
+            for (dir, name, .., entry) in &swap {
+                self.unhook(*dir, name, entry.ino)?;
+            }
+            for (.., dir, name, entry) in swap.iter().rev() {
+                self.hook(*dir, name, entry.ino)?;
+            }
             return Ok(Reply::Done);
         }
         if there.is_some() {

@@ -1,0 +1,10 @@
+//! The rules one by one; the name of each test is the claim.
+
+mod acl;
+mod attrs;
+mod bytes;
+mod cluster;
+mod locks;
+mod names;
+mod requests;
+mod totals;

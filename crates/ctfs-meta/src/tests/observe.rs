@@ -1,0 +1,128 @@
+//! Everything a reader can see of a volume, as one comparable value.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileKind, FileName, Ino, Timestamp};
+
+use crate::{Namespace, Totals};
+
+/// What is seen of one inode.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub attr: Attr,
+    pub entries: BTreeMap<FileName, Ino>,
+    pub cells: BTreeMap<CellIndex, Extent>,
+    pub target: Option<Vec<u8>>,
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Of directories.
+    pub parent: Option<Ino>,
+    /// Of directories.
+    pub totals: Option<Totals>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tree {
+    pub inodes: BTreeMap<Ino, Seen>,
+    pub orphans: BTreeSet<Ino>,
+    /// References, bytes and time of condemnation of each known chunk.
+    pub chunks: BTreeMap<ChunkId, (u64, u32, Option<Timestamp>)>,
+}
+
+impl Tree {
+    /// The same tree without what depends on how commands were packed into log entries.
+    pub fn without_indexes(mut self) -> Self {
+        for seen in self.inodes.values_mut() {
+            seen.attr.data_version = 0;
+            for extent in seen.cells.values_mut() {
+                extent.stamp = Default::default();
+            }
+        }
+        self
+    }
+}
+
+/// More cells than any file has.
+pub const ALL_CELLS: u64 = 1 << 44;
+
+/// Reads the whole volume through its public reads, checking on the way that they agree with
+/// each other: listings with lookups, pages with whole listings, paths with parents.
+pub fn observe(ns: &Namespace) -> Tree {
+    let mut tree = Tree::default();
+    tree.orphans.extend(ns.orphans(usize::MAX).unwrap());
+    let mut queue: Vec<Ino> = vec![Ino::ROOT];
+    queue.extend(&tree.orphans);
+    while let Some(ino) = queue.pop() {
+        if tree.inodes.contains_key(&ino) {
+            continue;
+        }
+        let seen = observe_inode(ns, ino);
+        queue.extend(seen.entries.values());
+        tree.inodes.insert(ino, seen);
+    }
+    for (id, record) in ns.chunks(None, usize::MAX).unwrap() {
+        assert_eq!(ns.chunk(&id).unwrap(), Some(record));
+        tree.chunks.insert(id, (record.references, record.len, record.condemned));
+    }
+    assert_eq!(ns.chunk_count(), tree.chunks.len() as u64);
+    let condemned: BTreeSet<_> = ns.condemned(Timestamp::new(i64::MAX, 0), usize::MAX).unwrap().into_iter().collect();
+    let unnamed = tree.chunks.iter().filter(|(_, (references, ..))| *references == 0).map(|(id, _)| *id);
+    assert_eq!(condemned, unnamed.collect());
+    assert_eq!(ns.state_hash(), ns.count_state_hash().unwrap(), "the running hash is that of all records");
+    tree
+}
+
+fn observe_inode(ns: &Namespace, ino: Ino) -> Seen {
+    let attr = ns.attr(ino).unwrap().unwrap_or_else(|| panic!("inode {ino} is named but not there"));
+    assert_eq!(attr.ino, ino);
+    let is_dir = attr.kind == FileKind::Directory;
+    let entries = if is_dir { observe_entries(ns, ino) } else { BTreeMap::new() };
+    let cells = ns.cells(ino, 0, ALL_CELLS).unwrap().into_iter().map(|cell| (cell.index, cell.extent)).collect();
+    let xattrs = ns.xattr_names(ino).unwrap().into_iter();
+    let xattrs = xattrs.map(|key| (key.clone(), ns.xattr(ino, &key).unwrap().expect("listed xattr is there")));
+    let xattrs = xattrs.collect();
+    observe_path(ns, &attr);
+    Seen {
+        entries,
+        cells,
+        xattrs,
+        target: ns.readlink(ino).unwrap(),
+        parent: if is_dir && attr.nlink > 0 { ns.parent(ino).unwrap() } else { None },
+        totals: if is_dir { ns.totals(ino).unwrap() } else { None },
+        attr,
+    }
+}
+
+fn observe_entries(ns: &Namespace, dir: Ino) -> BTreeMap<FileName, Ino> {
+    let whole = ns.list(dir, 0, usize::MAX).unwrap();
+    let mut cookie = 0;
+    for entry in &whole {
+        assert!(entry.cookie > cookie, "cookies of directory {dir} grow");
+        cookie = entry.cookie;
+        assert_eq!(ns.lookup(dir, &entry.name).unwrap(), Some(entry.ino), "{:?} in {dir}", entry.name);
+        assert_eq!(ns.attr(entry.ino).unwrap().map(|attr| attr.kind), Some(entry.kind), "{:?} in {dir}", entry.name);
+    }
+    // The same listing in pages of two.
+    let mut paged = Vec::new();
+    loop {
+        let page = ns.list(dir, paged.last().map_or(0, |entry: &crate::DirEntry| entry.cookie), 2).unwrap();
+        if page.is_empty() {
+            break;
+        }
+        assert!(page.len() <= 2);
+        paged.extend(page);
+    }
+    assert_eq!(paged, whole, "pages of directory {dir}");
+    let entries: BTreeMap<_, _> = whole.into_iter().map(|entry| (entry.name, entry.ino)).collect();
+    assert_eq!(entries.len(), paged.len(), "a name stands once in directory {dir}");
+    entries
+}
+
+/// The path of an inode leads back to it; an orphan has none.
+fn observe_path(ns: &Namespace, attr: &Attr) {
+    let path = ns.path(attr.ino).unwrap();
+    assert_eq!(path.is_some(), attr.nlink > 0, "path of inode {}: {path:?}", attr.ino);
+    if let Some(path) = path {
+        let end = path.iter().try_fold(Ino::ROOT, |dir, name| ns.lookup(dir, name).unwrap());
+        assert_eq!(end, Some(attr.ino), "path {path:?}");
+    }
+}
