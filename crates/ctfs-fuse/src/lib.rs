@@ -17,5 +17,8 @@ mod notice;
 mod notifier;
 mod runner;
 
+#[cfg(test)]
+mod tests;
+
 pub use mount::{Mount, MountError, MountSettings};
 pub use notifier::Notifier;

@@ -1,0 +1,142 @@
+//! Two mounts of one cluster on this machine: what one server's programs see of the other's.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{ErrorKind, Read, Write},
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    time::Instant,
+};
+
+use super::*;
+
+#[test]
+fn a_name_made_changed_or_removed_elsewhere_is_seen_at_once() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        let (here, there) = (paths[0].join("d"), paths[1].join("d"));
+        fs::create_dir(&here).unwrap();
+        for n in 0..50 {
+            let name = format!("f{n}");
+            // The absence is remembered by the kernel, then the presence, then the mode.
+            assert_eq!(fs::metadata(there.join(&name)).unwrap_err().kind(), ErrorKind::NotFound);
+            fs::write(here.join(&name), b"x").unwrap();
+            assert_eq!(fs::metadata(there.join(&name)).unwrap().mode() & 0o777, 0o644);
+            fs::set_permissions(here.join(&name), fs::Permissions::from_mode(0o600)).unwrap();
+            assert_eq!(fs::metadata(there.join(&name)).unwrap().mode() & 0o777, 0o600);
+            fs::rename(here.join(&name), here.join("renamed")).unwrap();
+            assert!(fs::metadata(there.join(&name)).is_err());
+            assert!(fs::metadata(there.join("renamed")).is_ok());
+            fs::remove_file(here.join("renamed")).unwrap();
+            assert!(fs::metadata(there.join("renamed")).is_err());
+        }
+    });
+}
+
+#[test]
+fn close_then_open_elsewhere_sees_the_bytes_and_so_does_a_read_after_fsync() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        fs::write(paths[0].join("f"), b"first").unwrap();
+        let mut reader = File::open(paths[1].join("f")).unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "first");
+        for n in 0..30 {
+            let writer = OpenOptions::new().write(true).open(paths[0].join("f")).unwrap();
+            let bytes = format!("round {n:03}");
+            writer.write_all_at(bytes.as_bytes(), 0).unwrap();
+            if n % 2 == 0 {
+                writer.sync_all().unwrap();
+            } else {
+                drop(writer);
+            }
+            // Through the handle that was open all the time, whose pages were dropped.
+            let mut seen = vec![0; bytes.len()];
+            reader.read_exact_at(&mut seen, 0).unwrap();
+            assert_eq!(String::from_utf8(seen).unwrap(), bytes);
+            assert_eq!(fs::read_to_string(paths[1].join("f")).unwrap(), bytes);
+        }
+    });
+}
+
+#[test]
+fn two_servers_making_names_in_one_directory_do_not_wait_for_each_other() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        fs::create_dir(paths[0].join("d")).unwrap();
+        let began = Instant::now();
+        let workers: Vec<_> = (0..2)
+            .map(|server| {
+                let dir = paths[server].join("d");
+                thread::spawn(move || {
+                    for n in 0..100 {
+                        fs::create_dir(dir.join(format!("{server}-{n}"))).unwrap();
+                        fs::metadata(dir.join(format!("{}-{n}", 1 - server))).map(drop).unwrap_or(());
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        // The first conflict waits for timeouts of a second to run out; a deadlock would take a
+        // lease of three for each name.
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        assert_eq!(fs::read_dir(paths[1].join("d")).unwrap().count(), 200);
+    });
+}
+
+#[test]
+fn a_working_directory_survives_changes_around_it() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        fs::create_dir_all(paths[0].join("a/b")).unwrap();
+        let script = format!("cd \"$D/a/b\"; touch {}/a/x; mv {0}/a/x {0}/a/y; pwd -P; ls ..", paths[1].display());
+        let printed = shell(&paths[0], &script);
+        assert_eq!(printed.lines().skip(1).collect::<Vec<_>>(), ["b", "y"]);
+        assert!(printed.lines().next().unwrap().ends_with("/a/b"));
+    });
+}
+
+#[test]
+fn a_lock_held_elsewhere_is_waited_for() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        fs::write(paths[0].join("f"), b"").unwrap();
+        let script = format!(
+            r#"exec 9>"$D/f"; flock -x 9
+            (flock -x {}/f echo second) & sleep 0.3; echo first; flock -u 9; wait"#,
+            paths[1].display()
+        );
+        assert_eq!(shell(&paths[0], &script), "first\nsecond\n");
+    });
+}
+
+#[test]
+fn lines_appended_on_two_servers_in_turn_are_all_there() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        for n in 0..40 {
+            let mut log = OpenOptions::new().append(true).create(true).open(paths[n % 2].join("log")).unwrap();
+            writeln!(log, "line {n}").unwrap();
+        }
+        let expected: String = (0..40).map(|n| format!("line {n}\n")).collect();
+        assert_eq!(fs::read_to_string(paths[0].join("log")).unwrap(), expected);
+        assert_eq!(fs::read_to_string(paths[1].join("log")).unwrap(), expected);
+    });
+}
+
+#[test]
+fn a_cut_off_server_gives_errors_and_does_not_hang() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    let meta = mounts.servers[1].meta.clone();
+    mounts.run(move |paths| {
+        fs::write(paths[0].join("f"), b"x").unwrap();
+        assert!(fs::metadata(paths[1].join("f")).is_ok());
+        meta.cut_off();
+        thread::sleep(Duration::from_millis(1100));
+        assert_eq!(fs::metadata(paths[1].join("f")).unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert_eq!(fs::write(paths[1].join("g"), b"").unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert!(fs::metadata(&paths[1]).is_ok(), "stat of the mountpoint still answers");
+    });
+}
