@@ -1,0 +1,172 @@
+//! A cluster in memory: one namespace, one set of chunks, any number of servers over them.
+//!
+//! The namespace is the real one. What is simple here is what consensus does: an entry is applied
+//! the moment it is proposed, every server is told, and the proposer is answered when every server
+//! has said that its kernel was told.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use ctfs_chunk::{CacheTier, TierSettings};
+use ctfs_meta::{Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace};
+use ctfs_types::{ChunkId, Incarnation, LogIndex, NodeId, RequestId};
+use ctfs_vfs::{ChunkAccess, FsError, Metadata, SpaceReport, Vfs, VfsSettings};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
+
+/// How long a proposer waits for the servers: the length of a lease.
+const LEASE: Duration = Duration::from_secs(3);
+
+/// Told of each entry: who proposed it, its index, what it changed.
+type Listener = Box<dyn Fn(NodeId, LogIndex, &[Change]) + Send + Sync>;
+
+pub struct Cluster {
+    replica: SharedNamespace,
+    /// Index of the last entry; held while it is applied and told, so that all see one order.
+    order: Mutex<u64>,
+    listeners: Mutex<Vec<Listener>>,
+    told: Mutex<Vec<watch::Receiver<LogIndex>>>,
+    chunks: Mutex<BTreeMap<ChunkId, Bytes>>,
+}
+
+impl Cluster {
+    pub fn new() -> Arc<Self> {
+        let namespace = Namespace::open(Box::new(MemoryStore::default())).unwrap();
+        Arc::new(Self {
+            replica: Arc::new(RwLock::new(namespace)),
+            order: Mutex::new(0),
+            listeners: Mutex::default(),
+            told: Mutex::default(),
+            chunks: Mutex::default(),
+        })
+    }
+
+    pub fn listen(&self, listener: Listener) {
+        self.listeners.lock().push(listener);
+    }
+
+    /// Entries are answered only when this has reached them.
+    pub fn wait_for(&self, told: watch::Receiver<LogIndex>) {
+        self.told.lock().push(told);
+    }
+
+    /// Another server of this cluster, numbered `node`, with its cache tier in `dir`.
+    pub fn server(self: &Arc<Self>, node: u64, dir: &Path, settings: VfsSettings) -> Server {
+        let meta = Arc::new(MemoryMeta {
+            cluster: self.clone(),
+            node: NodeId(node),
+            leased: AtomicBool::new(true),
+            cut_off: AtomicBool::new(false),
+        });
+        let tier = CacheTier::open(TierSettings::new(dir.join(format!("tier-{node}")), 256 << 20)).unwrap();
+        let vfs = Vfs::new(meta.clone(), Arc::new(MemoryChunks(self.clone())), tier, settings);
+        let told = vfs.clone();
+        self.listen(Box::new(move |_, _, changes| told.changed(changes)));
+        Server { vfs, meta }
+    }
+}
+
+/// One server of the cluster.
+pub struct Server {
+    pub vfs: Arc<Vfs>,
+    pub meta: Arc<MemoryMeta>,
+}
+
+pub struct MemoryMeta {
+    cluster: Arc<Cluster>,
+    node: NodeId,
+    leased: AtomicBool,
+    cut_off: AtomicBool,
+}
+
+impl MemoryMeta {
+    /// From now on nobody answers this server, and its lease is over.
+    pub fn cut_off(&self) {
+        self.leased.store(false, Ordering::SeqCst);
+        self.cut_off.store(true, Ordering::SeqCst);
+    }
+
+    fn reach(&self) -> Result<(), FsError> {
+        if self.cut_off.load(Ordering::SeqCst) { Err(FsError::NoQuorum { waited: LEASE }) } else { Ok(()) }
+    }
+}
+
+#[async_trait]
+impl Metadata for MemoryMeta {
+    fn replica(&self) -> &SharedNamespace {
+        &self.cluster.replica
+    }
+
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.reach()?;
+        let (index, verdict) = {
+            let mut order = self.cluster.order.lock();
+            *order += 1;
+            let command = Command {
+                request: RequestId { client: self.node.0, seq: *order },
+                answered: *order - 1,
+                at: std::time::SystemTime::now().into(),
+                op,
+            };
+            let index = LogIndex(*order);
+            let applied = self.cluster.replica.write().apply(index, &[command], Batch::new()).unwrap();
+            let changes: Vec<Change> = applied.changes.into_iter().map(|(_, change)| change).collect();
+            for listener in self.cluster.listeners.lock().iter() {
+                listener(self.node, index, &changes);
+            }
+            (index, applied.verdicts.into_iter().next().unwrap())
+        };
+        let told = self.cluster.told.lock().clone();
+        for mut told in told {
+            // A server that is late is waited for once, for at most a lease.
+            let _ = tokio::time::timeout(LEASE, told.wait_for(|told| *told >= index)).await;
+        }
+        Ok(verdict?)
+    }
+
+    async fn barrier(&self) -> Result<(), FsError> {
+        self.reach()
+    }
+
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn incarnation(&self) -> Incarnation {
+        Incarnation(1)
+    }
+
+    fn leased(&self) -> bool {
+        self.leased.load(Ordering::SeqCst)
+    }
+}
+
+struct MemoryChunks(Arc<Cluster>);
+
+#[async_trait]
+impl ChunkAccess for MemoryChunks {
+    async fn get(&self, id: ChunkId, _len: u32) -> Result<Bytes, FsError> {
+        self.0.chunks.lock().get(&id).cloned().ok_or(FsError::ChunkLost { chunk: id })
+    }
+
+    async fn put(&self, bytes: Bytes, _copies: u8) -> Result<ChunkId, FsError> {
+        let id = ChunkId(*blake3::hash(&bytes).as_bytes());
+        self.0.chunks.lock().insert(id, bytes);
+        Ok(id)
+    }
+
+    fn prefetch(&self, _id: ChunkId, _len: u32) {}
+
+    fn free(&self) -> SpaceReport {
+        SpaceReport { total: 100 << 30, free: 60 << 30, available: 50 << 30, files: 1_000_000 }
+    }
+}

@@ -1,0 +1,79 @@
+//! Claims about the operations, over the real namespace and the real cache tier, without a mount.
+
+#[allow(dead_code)] // Some of it only `ctfs-fuse` uses.
+pub mod memory;
+mod claims;
+mod locks;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use ctfs_meta::MetaError;
+use ctfs_types::{Attr, Ino};
+use memory::{Cluster, Server};
+
+use crate::{Caller, FsError, HandleId, Vfs, VfsSettings};
+
+pub const ALICE: Caller = Caller { uid: 1000, gid: 1000, pid: 0 };
+pub const ROOT: Ino = Ino::ROOT;
+
+/// Some servers of one cluster.
+pub struct World {
+    pub servers: Vec<Server>,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    pub fn new(servers: u64) -> Self {
+        Self::with(servers, VfsSettings::default())
+    }
+
+    pub fn with(servers: u64, settings: VfsSettings) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let cluster = Cluster::new();
+        let servers = (1..=servers).map(|node| cluster.server(node, dir.path(), settings.clone())).collect();
+        Self { servers, _dir: dir }
+    }
+
+    pub fn vfs(&self, server: usize) -> &Arc<Vfs> {
+        &self.servers[server].vfs
+    }
+}
+
+/// Makes a file with `content` and closes it.
+pub async fn file(vfs: &Vfs, parent: Ino, name: &str, content: &[u8]) -> Attr {
+    let (attr, opened) = vfs.create(Caller::ROOT, parent, name.as_bytes(), 0o644, 0, libc::O_RDWR).await.unwrap();
+    if !content.is_empty() {
+        write(vfs, attr.ino, opened.handle, 0, content).await;
+    }
+    vfs.flush(attr.ino, opened.handle, 1).await.unwrap();
+    vfs.release(opened.handle).await;
+    vfs.getattr(attr.ino).await.unwrap()
+}
+
+pub async fn open(vfs: &Vfs, ino: Ino, flags: i32) -> HandleId {
+    vfs.open(Caller::ROOT, ino, flags).await.unwrap().handle
+}
+
+pub async fn write(vfs: &Vfs, ino: Ino, handle: HandleId, offset: u64, bytes: &[u8]) {
+    let bytes = Bytes::copy_from_slice(bytes);
+    let len = bytes.len() as u32;
+    let written = vfs.write(Caller::ROOT, ino, handle, offset, bytes, false, false).await.unwrap();
+    assert_eq!(written, len);
+}
+
+pub async fn read(vfs: &Vfs, ino: Ino, handle: HandleId) -> Vec<u8> {
+    vfs.read_file(ino, handle, 0, 1 << 20).await.unwrap().to_vec()
+}
+
+/// Reads all of a file as a program would that opens it now.
+pub async fn content(vfs: &Vfs, ino: Ino) -> Vec<u8> {
+    let handle = open(vfs, ino, libc::O_RDONLY).await;
+    let bytes = read(vfs, ino, handle).await;
+    vfs.release(handle).await;
+    bytes
+}
+
+pub fn is_locked(error: &FsError) -> bool {
+    matches!(error, FsError::Meta(MetaError::Locked { .. }))
+}
