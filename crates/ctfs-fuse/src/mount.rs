@@ -188,10 +188,10 @@ impl Mount {
     /// # Errors
     /// [`MountError::Unmount`]: the kernel refuses also to detach it.
     pub fn unmount(&self) -> Result<(), MountError> {
-        if self.has_ended() {
-            return Ok(());
-        }
         let failed = |error: io::Error| MountError::Unmount { path: self.path.clone(), error };
+        if self.has_ended() {
+            return self.clear_away().map_err(failed);
+        }
         match self.unmount_within(UnmountFlags::NOFOLLOW, UNMOUNT_PATIENCE) {
             Ok(()) => {}
             // Somebody else unmounted it meanwhile.
@@ -208,6 +208,18 @@ impl Mount {
             self.wait_ended(DETACHED_PATIENCE);
         }
         Ok(())
+    }
+
+    /// Takes an aborted mount out of the tree, if it is still there. By its connection: another
+    /// mount may stand in its place.
+    fn clear_away(&self) -> io::Result<()> {
+        match mountinfo::mounted_on(&self.path)? {
+            Some(line) if line.fs_type == FS_TYPE && Some(line.minor) == self.connection => {
+                let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+                rustix::mount::unmount(&self.path, flags).map_err(io::Error::from)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// umount2(2) on a thread of its own, for it waits for whatever is being written back.
@@ -248,9 +260,6 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if self.has_ended() {
-            return;
-        }
         if let Err(error) = self.unmount() {
             tracing::error!(%error, "aborting the mount");
             self.abort();

@@ -346,6 +346,18 @@ fn an_aborted_mount_gives_errors_and_a_dead_one_is_cleared_away() {
 }
 
 #[test]
+fn an_aborted_mount_does_not_stay_in_the_tree() {
+    let Some(mounts) = Mounts::new(1) else { return };
+    let path = mounts.path(0);
+    mounts.mounts[0].abort();
+    mounts.runtime.block_on(async {
+        tokio::time::timeout(Duration::from_secs(10), mounts.mounts[0].ended()).await.expect("ended");
+    });
+    mounts.mounts[0].unmount().unwrap();
+    assert!(crate::mountinfo::mounted_on(&path).unwrap().is_none());
+}
+
+#[test]
 fn a_busy_mount_is_detached_and_then_aborted() {
     let Some(mounts) = Mounts::new(1) else { return };
     let file = File::create(mounts.path(0).join("f")).unwrap();
