@@ -91,11 +91,14 @@ impl Apply<'_, '_> {
         }
         if incarnation > member.incarnation {
             self.release_everywhere(|owner| owner.node == node && owner.incarnation < incarnation)?;
-            // A client is one incarnation of a server: nobody asks for these verdicts any more.
-            let (from, to) = keys::under(keys::VERDICT, &[member.incarnation.0]);
+            // A client is one incarnation of a server: nobody asks for these verdicts any more, and
+            // what of that life is still under way is not carried out.
+            let client = member.incarnation.0;
+            let (from, to) = keys::under(keys::VERDICT, &[client]);
             for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
                 self.txn.delete(key);
             }
+            self.txn.put(keys::floor(client), &u64::MAX);
             // And no copy of its requests that still travels is applied any more.
             self.txn.put(keys::floor(member.incarnation.0), &u64::MAX);
         }

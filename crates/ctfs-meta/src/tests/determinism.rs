@@ -72,7 +72,7 @@ fn expect_as_packed(entries: &mut [Vec<Command>], verdicts: &[Verdict]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, max_shrink_iters: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 2000, ..ProptestConfig::default() })]
 
     #[test]
     fn replicas_that_applied_the_same_entries_are_equal_byte_for_byte(

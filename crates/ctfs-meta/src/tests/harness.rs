@@ -17,8 +17,9 @@ use crate::{
     XattrMode,
 };
 
-/// The client all commands of a [`Volume`] come from unless a test says otherwise.
-pub const CLIENT: u64 = 7;
+/// The client all commands of a [`Volume`] come from unless a test says otherwise; no life of a
+/// server in the tests has this number.
+pub const CLIENT: u64 = 1 << 50;
 
 pub type Verdict = Result<Reply, MetaError>;
 

@@ -8,7 +8,7 @@
 mod bytes;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     mem::{Discriminant, discriminant},
 };
 

@@ -138,7 +138,7 @@ fn tells_data(change: &Change, about: Ino, cell_start: u64) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20000, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 800, max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
     fn namespace_agrees_with_model(steps in steps(120)) {
