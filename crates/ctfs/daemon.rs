@@ -65,7 +65,7 @@ async fn serve(plan: &Plan, ready: impl FnOnce()) -> Outcome {
     tokio::select! {
         () = node.shutdown() => Ok(exit::OK),
         name = signals.next() => {
-            tracing::warn!(signal = name, "told twice: ending before everything was written out; the cache keeps it for the next start");
+            tracing::warn!(signal = name, "told twice: ending before everything was written out; what no program has closed or fsynced may be lost");
             Ok(exit::FAILED)
         }
     }

@@ -264,14 +264,6 @@ fn fixed(state: &Path, asked: &Choices, known: &Choices) -> Result<(), Problem> 
                 .try_next("or join as a new server: ctfs down, move the state directory away, ctfs up --join TOKEN; then remove the old one"));
         }
     }
-    if let (Some(asked), Some(known)) = (&asked.cache_dir, &known.cache_dir)
-        && mounts::resolved(asked.as_path()) != mounts::resolved(known.as_path())
-        && fs::read_dir(known.as_path()).is_ok_and(|mut entries| entries.next().is_some())
-    {
-        return Err(Problem::new(Code::ChoiceDiffers, format!("the cache is in {known}, not in {asked}"))
-            .why("it may hold writes that are on no other disk yet")
-            .try_next(format!("with the daemon down: mv {known} {asked}    then run this again")));
-    }
     Ok(())
 }
 
@@ -391,20 +383,6 @@ mod tests {
                 assert!(problem.is(Code::ChoiceDiffers), "{problem}");
             }
         }
-    }
-
-    #[test]
-    fn a_cache_directory_with_something_in_it_is_not_left_behind() {
-        let dir = tempfile::tempdir().unwrap();
-        let old = dir.path().join("old");
-        let chosen = |path: &Path| Choices { cache_dir: Some(WirePath(path.to_owned())), ..mounting("/a") };
-        let first = Plan::new(dir.path(), sources(chosen(&old), Choices::default(), None)).unwrap();
-        let change = || Plan::new(dir.path(), sources(chosen(&dir.path().join("new")), Choices::default(), Some(first.memory.clone())));
-        change().unwrap();
-        fs::create_dir(&old).unwrap();
-        change().unwrap();
-        fs::write(old.join("dirty"), "x").unwrap();
-        assert!(change().unwrap_err().is(Code::ChoiceDiffers));
     }
 
     #[test]

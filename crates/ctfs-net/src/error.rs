@@ -17,6 +17,9 @@ pub enum NetError {
     /// The peer's handler said no, in these words.
     #[error("{0}")]
     Refused(String),
+    /// Who answered is the right cluster and lets no new servers in at the moment.
+    #[error("the server lets no new servers in at the moment")]
+    NotAdmitted,
     /// One side is not who the other expects.
     #[error("identity: {0}")]
     Identity(String),

@@ -115,9 +115,7 @@ async fn ask_one(
         Ok((Status::Busy, _)) => Asked::Next(NetError::Busy),
         Err(_) => Asked::Next(match connection.close_reason() {
             // TLS 1.3 tells the dialler late that its certificate was refused.
-            Some(quinn::ConnectionError::ConnectionClosed(_)) => {
-                NetError::Identity("the server lets no new servers in at the moment".to_owned())
-            }
+            Some(quinn::ConnectionError::ConnectionClosed(_)) => NetError::NotAdmitted,
             _ => NetError::Closed,
         }),
     }

@@ -233,7 +233,8 @@ impl Network {
     ///
     /// # Errors
     /// - [`NetError::Refused`]: the cluster said no; other addresses are not tried.
-    /// - [`NetError::Identity`]: who answered is of another cluster, or lets nobody in now.
+    /// - [`NetError::Identity`]: who answered is of another cluster.
+    /// - [`NetError::NotAdmitted`]: the right cluster, and it lets nobody in now.
     /// - [`NetError::Unreachable`], [`NetError::Closed`], [`NetError::Busy`],
     ///   [`NetError::Deadline`]: nobody answered.
     pub async fn join(

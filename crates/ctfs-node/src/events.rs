@@ -114,6 +114,9 @@ impl Observer for Events {
 
     fn installed_snapshot(&self) {
         self.members.send_modify(|count| *count += 1);
+        if let Some(vfs) = self.vfs.get() {
+            vfs.replaced();
+        }
         if let Some(repair) = self.repair.get() {
             repair.walk_soon();
         }

@@ -130,14 +130,11 @@ pub async fn ask(token: &JoinToken, identity: &Identity, request: JoinRequest) -
         Err(NetError::Refused(why)) => {
             Err(serde_json::from_str(&why).unwrap_or_else(|_| Problem::join_refused(&why)))
         }
+        // A cluster without open tokens refuses strangers inside the handshake, where no sentence
+        // can be said; the clock of this server tells the likely reason.
+        Err(_) if Timestamp::from(SystemTime::now()) > token.expires => Err(Problem::token_expired()),
+        Err(NetError::NotAdmitted) => Err(Problem::token_unknown()),
         Err(NetError::Identity(why)) => Err(Problem::wrong_authority(&why)),
-        Err(error) => {
-            // A cluster without open tokens refuses strangers inside the handshake, where no
-            // sentence can be said; the clock of this server tells the likely reason.
-            if Timestamp::from(SystemTime::now()) > token.expires {
-                return Err(Problem::token_expired());
-            }
-            Err(Problem::cannot_reach(&token.addresses, &error.to_string()))
-        }
+        Err(error) => Err(Problem::cannot_reach(&token.addresses, &error.to_string())),
     }
 }

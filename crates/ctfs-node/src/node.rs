@@ -85,6 +85,14 @@ fn mountpoint_problem(path: &std::path::Path, error: &ctfs_fuse::MountError) -> 
     Problem::new(code, error.to_string()).try_next("choose an empty directory that is not mounted")
 }
 
+/// A taken port is noticed before a cluster is made or a token used up.
+fn port_is_free(listen: SocketAddr) -> Result<(), Problem> {
+    match std::net::UdpSocket::bind(listen) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Problem::port_in_use(listen, &error.to_string())),
+    }
+}
+
 /// What a server needs to speak for itself.
 struct Credentials {
     identity: Identity,
@@ -103,6 +111,7 @@ impl Node {
     pub async fn start(settings: NodeSettings) -> Result<Arc<Self>, Problem> {
         let state = StateDir::open(&settings.state)?;
         let mut settings = settings;
+        port_is_free(settings.listen)?;
         let credentials = credentials(&state, &mut settings).await?;
         let Credentials { identity, authority, record, incarnation, founding } = credentials;
         let id = identity.node();

@@ -37,7 +37,7 @@ impl Transport for Peers {
             NetError::Deadline => TransportError::Deadline,
             NetError::TooLong => TransportError::TooLong,
             NetError::Closed => TransportError::Closed,
-            NetError::Unreachable | NetError::Busy | NetError::Identity(_) | NetError::Bind { .. } => TransportError::Unreachable,
+            NetError::Unreachable | NetError::Busy | NetError::NotAdmitted | NetError::Identity(_) | NetError::Bind { .. } => TransportError::Unreachable,
         })
     }
 
