@@ -2,7 +2,7 @@
 //!
 //! Storage reads in this order: [`raft_types`] (what openraft is told about us), [`log`] (the
 //! truth: segments of framed entries), [`sled_store`] and [`versioned`] (the materialised state
-//! and its copy-aside view), [`snapshot`] (the state as a file), [`machine`] (entries into state),
+//! and its copy-aside view, with `write_behind` between them), [`snapshot`] (the state as a file), [`machine`] (entries into state),
 //! [`storage`] (opening all of it, and rebuilding what does not check).
 //!
 //! The running server reads in this order: [`runtime`] (what the rest of the program holds),
@@ -34,6 +34,7 @@ pub mod storage;
 mod tests;
 pub mod versioned;
 mod visibility;
+mod write_behind;
 
 pub use error::{ProposeError, StartError};
 pub use network::{Transport, TransportError};

@@ -19,6 +19,7 @@ use crate::{
     durable,
     raft_types::{RaftLogId, RaftMembership, log_index_of},
     sled_store::{OpenError, SledStore},
+    write_behind::WriteBehind,
     snapshot::{self, Header, SnapshotError},
     versioned::{VersionedStore, Versions},
 };
@@ -140,7 +141,7 @@ impl StateDir {
     }
 
     fn load(&self, number: u64, store: SledStore) -> Result<State, StateError> {
-        let versions = Versions::new(store);
+        let versions = Versions::new(WriteBehind::new(store)?);
         let reached = Reached::load(versions.store())?;
         let namespace = Namespace::open(Box::new(VersionedStore(versions.clone())))?;
         if namespace.applied() != log_index_of(reached.applied) {

@@ -14,7 +14,7 @@ use std::{
 use ctfs_meta::{Batch, Store, StoreError};
 use parking_lot::{Condvar, Mutex};
 
-use crate::sled_store::{Record, SledStore};
+use crate::{sled_store::Record, write_behind::WriteBehind};
 
 /// Bytes of old values kept for a cursor. Past it writes wait for the cursor to move on: a
 /// snapshot must end, and memory too.
@@ -25,7 +25,7 @@ const ASIDE_WAIT: Duration = Duration::from_millis(100);
 /// The live store of one namespace, shared by the namespace and a snapshot under way.
 #[derive(Debug)]
 pub struct Versions {
-    store: SledStore,
+    store: WriteBehind,
     /// Also the lock between one write and one slice of the cursor.
     aside: Mutex<Option<Aside>>,
     moved: Condvar,
@@ -43,15 +43,15 @@ struct Aside {
 }
 
 impl Versions {
-    pub fn new(store: SledStore) -> Arc<Self> {
+    pub fn new(store: WriteBehind) -> Arc<Self> {
         Self::with_limit(store, ASIDE_BYTES_MAX)
     }
 
-    fn with_limit(store: SledStore, aside_bytes_max: usize) -> Arc<Self> {
+    fn with_limit(store: WriteBehind, aside_bytes_max: usize) -> Arc<Self> {
         Arc::new(Self { store, aside: Mutex::new(None), moved: Condvar::new(), aside_bytes_max })
     }
 
-    pub fn store(&self) -> &SledStore {
+    pub fn store(&self) -> &WriteBehind {
         &self.store
     }
 
@@ -67,7 +67,7 @@ impl Versions {
     }
 }
 
-/// The [`Store`] a namespace owns; reads are those of sled.
+/// The [`Store`] a namespace owns; reads are those of the store behind it.
 #[derive(Debug, Clone)]
 pub struct VersionedStore(pub Arc<Versions>);
 
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     fn open(dir: &tempfile::TempDir, limit: usize) -> Arc<Versions> {
-        Versions::with_limit(SledStore::open(dir.path(), 1 << 20).unwrap(), limit)
+        Versions::with_limit(WriteBehind::new(crate::sled_store::SledStore::open(dir.path(), 1 << 20).unwrap()).unwrap(), limit)
     }
 
     #[test]

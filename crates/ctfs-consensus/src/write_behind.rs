@@ -1,0 +1,355 @@
+//! Recent writes in memory, in front of sled.
+//!
+//! The log is the truth, so what sled holds may lag behind it: a batch is kept in memory and
+//! joined with the ones before, and a thread hands them to sled together, always whole batches.
+//! That takes sled's own writes (two `sync_file_range` a batch) out of every command's way. After
+//! a crash sled is at an earlier log entry, and the entries after it are applied again;
+//! [`WriteBehind::checkpoint`] empties the memory first, and the log is cut only behind one.
+
+use std::{
+    collections::BTreeMap,
+    ops::{Bound, ControlFlow},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use ctfs_meta::{Batch, Store, StoreError};
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use crate::sled_store::{Record, SledStore};
+
+/// Bytes after which the thread writes at once; some thousand commands.
+const SETTLE_BYTES: usize = 4 << 20;
+/// Bytes after which writers wait for the thread: memory, and time to write at a clean end.
+const RECENT_BYTES_MAX: usize = 64 << 20;
+/// A batch stays in memory alone at most this long: what a crash makes us apply again.
+const SETTLE_AFTER: Duration = Duration::from_millis(500);
+/// Bookkeeping of one record in memory, besides its bytes.
+const RECORD_OVERHEAD: usize = 64;
+
+/// Where recent writes are kept. Clones are the same store.
+#[derive(Debug, Clone)]
+pub struct WriteBehind {
+    shared: Arc<Shared>,
+    /// Ends the thread when the last clone goes.
+    _thread: Arc<Thread>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    sled: SledStore,
+    recent: RwLock<Recent>,
+    /// Held while sled takes a batch, so that batches arrive in order.
+    settling: Mutex<()>,
+    work: Mutex<Work>,
+    wake: Condvar,
+    settled: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Recent {
+    /// Newest first: writes since the thread last took some, and those it is giving to sled.
+    fresh: Batch,
+    leaving: Batch,
+}
+
+#[derive(Debug, Default)]
+struct Work {
+    bytes: usize,
+    stop: bool,
+    /// Why sled takes nothing more.
+    failed: Option<StoreError>,
+}
+
+#[derive(Debug)]
+struct Thread {
+    shared: Arc<Shared>,
+    handle: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.shared.work.lock().stop = true;
+        self.shared.wake.notify_all();
+        if let Some(handle) = self.handle.lock().take()
+            && handle.join().is_err()
+        {
+            tracing::error!("the metadata store's thread died");
+        }
+    }
+}
+
+impl WriteBehind {
+    pub fn new(sled: SledStore) -> Result<Self, StoreError> {
+        let shared = Arc::new(Shared {
+            sled,
+            recent: RwLock::default(),
+            settling: Mutex::default(),
+            work: Mutex::default(),
+            wake: Condvar::new(),
+            settled: Condvar::new(),
+        });
+        let worker = shared.clone();
+        let handle = thread::Builder::new()
+            .name("ctfs-settle".into())
+            .spawn(move || worker.run())
+            .map_err(|error| StoreError::Io(format!("start a thread: {error}")))?;
+        let thread = Arc::new(Thread { shared: shared.clone(), handle: Mutex::new(Some(handle)) });
+        Ok(Self { shared, _thread: thread })
+    }
+
+    /// Returns when everything written before is durable in sled.
+    pub fn checkpoint(&self) -> Result<(), StoreError> {
+        self.shared.settle()?;
+        self.shared.sled.checkpoint()
+    }
+
+    /// Records from `from` on, until there are about `records_max` or `bytes_max` is passed, and
+    /// whether that was all. Not empty unless it is the end.
+    pub fn slice(&self, from: &[u8], records_max: usize, bytes_max: usize) -> Result<(Vec<Record>, bool), StoreError> {
+        let recent = self.shared.recent.read();
+        let mut start = from.to_vec();
+        loop {
+            let (records, is_end) = self.shared.sled.slice(&start, records_max, bytes_max)?;
+            let last = records.last().map(|(key, _)| key.clone());
+            let upper = match (&last, is_end) {
+                (Some(last), false) => Bound::Included(last.as_slice()),
+                _ => Bound::Unbounded,
+            };
+            let mut merged: BTreeMap<Vec<u8>, Vec<u8>> = records.into_iter().collect();
+            for (key, value) in recent.overlay(Bound::Included(&start), upper) {
+                match value {
+                    Some(value) => merged.insert(key.to_vec(), value.clone()),
+                    None => merged.remove(key),
+                };
+            }
+            match last {
+                // All of it was deleted meanwhile: go on behind it.
+                Some(mut last) if merged.is_empty() && !is_end => {
+                    last.push(0);
+                    start = last;
+                }
+                _ => return Ok((merged.into_iter().collect(), is_end)),
+            }
+        }
+    }
+}
+
+impl Recent {
+    fn get(&self, key: &[u8]) -> Option<&Option<Vec<u8>>> {
+        self.fresh.get(key).or_else(|| self.leaving.get(key))
+    }
+
+    /// What this memory says of the keys in a range; deletions are `None`.
+    fn overlay<'a>(&'a self, from: Bound<&'a [u8]>, to: Bound<&'a [u8]>) -> BTreeMap<&'a [u8], &'a Option<Vec<u8>>> {
+        let mut overlay: BTreeMap<&[u8], &Option<Vec<u8>>> = BTreeMap::new();
+        for layer in [&self.leaving, &self.fresh] {
+            overlay.extend(layer.range::<[u8], _>((from, to)).map(|(key, value)| (key.as_slice(), value)));
+        }
+        overlay
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        loop {
+            {
+                let mut work = self.work.lock();
+                if !work.stop && work.bytes < SETTLE_BYTES {
+                    self.wake.wait_for(&mut work, SETTLE_AFTER);
+                }
+                if work.stop {
+                    drop(work);
+                    if let Err(error) = self.settle() {
+                        tracing::warn!(%error, "the last writes did not reach the metadata store; the log has them");
+                    }
+                    return;
+                }
+            }
+            if let Err(error) = self.settle() {
+                tracing::error!(%error, "the metadata store failed");
+                return;
+            }
+        }
+    }
+
+    /// Hands everything in memory to sled.
+    fn settle(&self) -> Result<(), StoreError> {
+        let _turn = self.settling.lock();
+        if let Some(error) = self.work.lock().failed.clone() {
+            return Err(error);
+        }
+        let batch = {
+            let mut recent = self.recent.write();
+            if recent.fresh.is_empty() {
+                return Ok(());
+            }
+            recent.leaving = std::mem::take(&mut recent.fresh);
+            recent.leaving.clone()
+        };
+        self.work.lock().bytes = 0;
+        let written = self.sled.clone().write(batch);
+        match written {
+            // Readers find it in sled from here on.
+            Ok(()) => self.recent.write().leaving = Batch::new(),
+            Err(ref error) => self.work.lock().failed = Some(error.clone()),
+        }
+        self.settled.notify_all();
+        written
+    }
+}
+
+impl Store for WriteBehind {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        if let Some(value) = self.shared.recent.read().get(key) {
+            return Ok(value.clone());
+        }
+        self.shared.sled.get(key)
+    }
+
+    fn range(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+    ) -> Result<(), StoreError> {
+        if from >= to {
+            return Ok(());
+        }
+        let recent = self.shared.recent.read();
+        let mut overlay = recent.overlay(Bound::Included(from), Bound::Excluded(to)).into_iter().peekable();
+        let mut stopped = false;
+        self.shared.sled.range(from, to, &mut |key, value| {
+            while let Some((k, v)) = overlay.next_if(|(k, _)| *k < key) {
+                if let Some(v) = v
+                    && visit(k, v).is_break()
+                {
+                    stopped = true;
+                    return ControlFlow::Break(());
+                }
+            }
+            let flow = match overlay.next_if(|(k, _)| *k == key) {
+                Some((k, Some(v))) => visit(k, v),
+                Some((_, None)) => ControlFlow::Continue(()),
+                None => visit(key, value),
+            };
+            stopped = flow.is_break();
+            flow
+        })?;
+        if !stopped {
+            for (key, value) in overlay {
+                if let Some(value) = value
+                    && visit(key, value).is_break()
+                {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+        let bytes: usize = batch.iter().map(|(key, value)| key.len() + value.as_ref().map_or(0, Vec::len) + RECORD_OVERHEAD).sum();
+        {
+            let mut work = self.shared.work.lock();
+            while work.failed.is_none() && work.bytes > RECENT_BYTES_MAX {
+                self.shared.settled.wait_for(&mut work, SETTLE_AFTER);
+            }
+            if let Some(error) = work.failed.clone() {
+                return Err(error);
+            }
+            work.bytes += bytes;
+            if work.bytes >= SETTLE_BYTES {
+                self.shared.wake.notify_all();
+            }
+        }
+        self.shared.recent.write().fresh.extend(batch);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ctfs_meta::MemoryStore;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn all(store: &dyn Store) -> Vec<Record> {
+        let mut records = Vec::new();
+        store
+            .range(&[0], &[0xff], &mut |key, value| {
+                records.push((key.to_vec(), value.to_vec()));
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        records
+    }
+
+    fn slices(store: &WriteBehind) -> Vec<Record> {
+        let (mut records, mut from) = (Vec::new(), vec![0]);
+        loop {
+            let (slice, is_end) = store.slice(&from, 3, 1 << 20).unwrap();
+            if let Some((last, _)) = slice.last() {
+                from = [last.as_slice(), b"\0"].concat();
+            } else {
+                assert!(is_end, "an empty slice is the end");
+            }
+            records.extend(slice);
+            if is_end {
+                return records;
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn what_is_in_memory_and_what_is_in_sled_read_as_one_store(
+            steps in proptest::collection::vec(
+                (proptest::collection::vec((1u8..20, proptest::option::of(any::<u8>())), 1..6), any::<bool>()),
+                1..30,
+            )
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut real = WriteBehind::new(SledStore::open(dir.path(), 1 << 20).unwrap()).unwrap();
+            let mut model = MemoryStore::default();
+            for (changes, settle) in steps {
+                let batch: Batch = changes.into_iter().map(|(key, value)| (vec![key], value.map(|v| vec![v]))).collect();
+                real.write(batch.clone()).unwrap();
+                model.write(batch).unwrap();
+                if settle {
+                    real.shared.settle().unwrap();
+                }
+                prop_assert_eq!(all(&real), all(&model));
+                prop_assert_eq!(slices(&real), all(&model));
+                for key in 1u8..20 {
+                    prop_assert_eq!(real.get(&[key]).unwrap(), model.get(&[key]).unwrap());
+                }
+            }
+            drop(real);
+            let reopened = SledStore::open(dir.path(), 1 << 20).unwrap();
+            prop_assert_eq!(all(&reopened), all(&model), "a clean end loses nothing");
+        }
+    }
+
+    #[test]
+    fn a_range_that_is_broken_off_visits_nothing_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = WriteBehind::new(SledStore::open(dir.path(), 1 << 20).unwrap()).unwrap();
+        store.write([(vec![1], Some(vec![1])), (vec![3], Some(vec![3]))].into()).unwrap();
+        store.shared.settle().unwrap();
+        store.write([(vec![2], Some(vec![2])), (vec![4], Some(vec![4]))].into()).unwrap();
+        for limit in 1..=4 {
+            let mut seen = Vec::new();
+            store
+                .range(&[0], &[9], &mut |key, _| {
+                    seen.push(key[0]);
+                    if seen.len() == limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                })
+                .unwrap();
+            assert_eq!(seen, (1..=limit as u8).collect::<Vec<_>>());
+        }
+    }
+}
