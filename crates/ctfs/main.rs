@@ -14,6 +14,7 @@ mod config;
 mod daemon;
 mod errors;
 mod logging;
+mod memory;
 mod mounts;
 mod plan;
 mod ui;

@@ -26,6 +26,6 @@ fn sqlite_git_and_fio_run_on_the_mount() {
     let status = cluster.sh(3, r#"git config --global --add safe.directory '*'; git -C "$MNT/clone" status --porcelain; git -C "$MNT/clone" log --oneline | wc -l"#);
     assert_eq!(status.trim(), "2");
 
-    cluster.sh(1, r#"mkdir $MNT/fio; timeout 100 fio --name=mixed --directory=$MNT/fio --rw=randrw --bs=4k --size=8M --numjobs=2 --verify=crc32c --verify_fatal=1 --fsync=64 --group_reporting --output=/dev/null"#);
-    cluster.sh(1, r#"timeout 100 fio --name=mmap --directory=$MNT/fio --ioengine=mmap --rw=randwrite --bs=4k --size=4M --verify=crc32c --verify_fatal=1 --output=/dev/null"#);
+    cluster.sh(1, r#"cd $(mktemp -d); mkdir $MNT/fio; timeout 100 fio --name=mixed --directory=$MNT/fio --rw=randrw --bs=4k --size=8M --numjobs=2 --verify=crc32c --verify_fatal=1 --fsync=64 --group_reporting --output=/dev/null"#);
+    cluster.sh(1, r#"cd $(mktemp -d); timeout 100 fio --name=mmap --directory=$MNT/fio --ioengine=mmap --rw=randwrite --bs=4k --size=4M --verify=crc32c --verify_fatal=1 --output=/dev/null"#);
 }

@@ -65,6 +65,7 @@ struct State {
     failures: u32,
     retry_at: Option<Instant>,
     last_error: Option<String>,
+    refuses_us: bool,
     /// The address our last successful dial used.
     good: Option<String>,
     /// UDP bytes of connections that have ended.
@@ -89,6 +90,8 @@ pub struct PeerStatus {
     pub received_bytes: u64,
     /// Why the last dial failed, while there is no connection.
     pub last_error: Option<String>,
+    /// It answered the last dial and turned us away: to it we are no member.
+    pub refuses_us: bool,
 }
 
 impl Peer {
@@ -101,6 +104,7 @@ impl Peer {
                 failures: 0,
                 retry_at: None,
                 last_error: None,
+                refuses_us: false,
                 good: None,
                 sent_before: 0,
                 received_before: 0,
@@ -176,6 +180,7 @@ impl Peer {
             state.failures = 0;
             state.retry_at = None;
             state.last_error = None;
+            state.refuses_us = false;
             if state.links.len() > LINKS_MAX {
                 state.links[0].close(SURPLUS, "newer connections exist");
             }
@@ -219,6 +224,7 @@ impl Peer {
             sent_bytes: state.sent_before,
             received_bytes: state.received_before,
             last_error: state.last_error.clone(),
+            refuses_us: state.refuses_us,
             ..PeerStatus::default()
         };
         for link in &state.links {
@@ -323,7 +329,7 @@ async fn dial(shared: &Shared, peer: &Peer) -> Result<(quinn::Connection, String
     for (rank, address) in (0u32..).zip(peer.addresses()) {
         attempts.push(async move {
             sleep(STAGGER * rank).await;
-            match dial_address(shared, peer.node, &address).await {
+            match dial_address(shared, peer, &address).await {
                 Ok(connection) => Ok((connection, address)),
                 Err(why) => Err(format!("{address}: {why}")),
             }
@@ -339,13 +345,13 @@ async fn dial(shared: &Shared, peer: &Peer) -> Result<(quinn::Connection, String
     if failures.is_empty() { Err("no address is known".to_owned()) } else { Err(failures.join("; ")) }
 }
 
-async fn dial_address(shared: &Shared, node: NodeId, address: &str) -> Result<quinn::Connection, String> {
+async fn dial_address(shared: &Shared, peer: &Peer, address: &str) -> Result<quinn::Connection, String> {
     let found = resolve(address, shared.settings.dial_timeout).await?;
     let mut attempts = FuturesUnordered::new();
     for (rank, remote) in (0u32..).zip(found) {
         attempts.push(async move {
             sleep(STAGGER * rank).await;
-            timeout(shared.settings.dial_timeout, connect(shared, node, remote))
+            timeout(shared.settings.dial_timeout, connect(shared, peer, remote))
                 .await
                 .unwrap_or_else(|_| Err("no answer".to_owned()))
         });
@@ -369,14 +375,21 @@ pub(crate) async fn resolve(address: &str, limit: Duration) -> Result<Vec<Socket
     Ok(found.take(RESOLVED_MAX).collect())
 }
 
-async fn connect(shared: &Shared, node: NodeId, remote: SocketAddr) -> Result<quinn::Connection, String> {
-    let tls = member_config(&shared.identity, &shared.trust, node).map_err(|error| error.to_string())?;
+async fn connect(shared: &Shared, peer: &Peer, remote: SocketAddr) -> Result<quinn::Connection, String> {
+    let tls = member_config(&shared.identity, &shared.trust, peer.node).map_err(|error| error.to_string())?;
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
     config.transport_config(shared.dial_transport.clone());
     let connecting = shared.endpoint.connect_with(config, remote, SERVER_NAME).map_err(|error| error.to_string())?;
     let connection = connecting.await.map_err(|error| error.to_string())?;
     // In TLS 1.3 the dialler is done before the other side has seen its certificate.
-    greet(&connection).await?;
+    let greeted = greet(&connection).await;
+    peer.state.lock().refuses_us = match connection.close_reason() {
+        // Its verifier refused our certificate, or it closed us out by name.
+        Some(quinn::ConnectionError::ConnectionClosed(_)) => true,
+        Some(quinn::ConnectionError::ApplicationClosed(close)) => close.error_code == quinn::VarInt::from_u32(NOT_A_MEMBER),
+        _ => false,
+    };
+    greeted?;
     Ok(connection)
 }
 

@@ -9,7 +9,7 @@ use std::{
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt, congestion::CubicConfig};
 
 /// Port on which servers answer unless told otherwise.
-pub const DEFAULT_PORT: u16 = 7440;
+pub const DEFAULT_PORT: u16 = 7420;
 
 /// Flow control of one stream: a whole 8 MiB transfer fits without waiting for credit.
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;

@@ -42,7 +42,6 @@ pub struct ServerFigures {
     pub chunks: u64,
     /// Chunks that placement gives to this server and it does not hold yet.
     pub missing: u64,
-    pub mounted: bool,
     pub version: String,
 }
 

@@ -43,6 +43,8 @@ use crate::{
 
 /// A restarted server waits this long for the others before it serves what it has.
 const CATCH_UP: Duration = Duration::from_secs(30);
+/// How long the others must turn this server away before it believes that it was removed.
+const TURNED_AWAY_FOR: Duration = Duration::from_secs(3);
 /// `down` writes back what is dirty for this long before it gives up and says so.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -221,7 +223,11 @@ impl Node {
                     capacity: self.settings.capacity.0,
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                 };
-                match self.consensus.propose(op).await {
+                let proposed = tokio::select! {
+                    proposed = self.consensus.propose(op) => proposed,
+                    () = self.turned_away() => return Err(Problem::removed()),
+                };
+                match proposed {
                     Ok(Ok(_)) => return Ok(()),
                     Ok(Err(MetaError::NoSuchMember)) => return Err(Problem::removed()),
                     Ok(Err(verdict)) => return Err(Problem::internal(&verdict.to_string())),
@@ -243,6 +249,36 @@ impl Node {
             Ok(())
         } else {
             Err(last)
+        }
+    }
+
+    /// Whether most of the other members answer and say that this server is none.
+    fn is_turned_away(&self) -> bool {
+        let Ok(members) = self.consensus.replica().read().members() else { return false };
+        let others: Vec<_> = members.iter().filter(|m| m.node != self.id).map(|m| self.network.peer(m.node)).collect();
+        let refusing = others.iter().filter(|peer| peer.refuses_us).count();
+        refusing * 2 > others.len() && !others.iter().any(|peer| peer.connected)
+    }
+
+    /// Resolves when the others have turned this server away for some time: an answer given
+    /// while they were themselves behind is not the last word.
+    async fn turned_away(&self) {
+        let mut since = None;
+        loop {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            since = if self.is_turned_away() { since.or(Some(Instant::now())) } else { None };
+            if since.is_some_and(|since: Instant| since.elapsed() > TURNED_AWAY_FOR) {
+                return;
+            }
+        }
+    }
+
+    /// From here on every request is answered with the reason.
+    fn end(&self, problem: Problem) {
+        let mut ended = self.ended.lock();
+        if ended.is_none() {
+            tracing::error!(code = problem.code, what = problem.what, why = problem.why, "this server takes no further part");
+            *ended = Some(problem);
         }
     }
 
@@ -377,6 +413,16 @@ impl Node {
             }
         });
 
+        let node = Arc::downgrade(self);
+        let mut stopping = stop();
+        self.spawn(async move {
+            let Some(node) = node.upgrade() else { return };
+            tokio::select! {
+                () = node.turned_away() => node.end(Problem::removed()),
+                () = stop::requested(&mut stopping) => {}
+            }
+        });
+
         let (store, replica, mut stopping) = (self.store.clone(), self.consensus.replica(), stop());
         self.spawn(async move {
             loop {
@@ -434,9 +480,7 @@ impl Node {
             return;
         }
         if removed.contains(&self.key) {
-            let problem = Problem::removed();
-            tracing::error!(code = problem.code, what = problem.what, "this server was removed from the cluster");
-            *self.ended.lock() = Some(problem);
+            self.end(Problem::removed());
         }
         let now = Timestamp::from(SystemTime::now());
         let door_open = tokens.iter().any(|t| t.expires > now && t.uses_left > 0) || members.iter().any(|m| m.incarnation.0 == 0);

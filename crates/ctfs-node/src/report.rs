@@ -78,7 +78,6 @@ impl Figures {
             store_free: store.free,
             chunks: store.chunks,
             missing: self.repair.get().map_or(0, |repair| repair.missing()),
-            mounted: false,
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

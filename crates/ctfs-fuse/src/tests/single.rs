@@ -101,7 +101,6 @@ fn attributes_of_every_kind_are_kept_exactly() {
 /// fuser 0.18 negates the seconds of a time before 1970; for the smallest number that overflows, and
 /// with overflow checks the reading thread panics. Built without them for fuser it means what it says.
 #[test]
-#[ignore = "needs `overflow-checks = false` for fuser in the workspace's profile"]
 fn no_time_a_program_can_name_takes_a_thread_of_the_mount_away() {
     let Some(mounts) = Mounts::new(1) else { return };
     mounts.run(|paths| {

@@ -177,6 +177,21 @@ async fn a_dead_peer_is_unreachable_and_further_calls_fail_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_removed_while_it_was_down_learns_it_from_its_peers() {
+    let cluster = Cluster::new();
+    let (a, removed) = (cluster.server().await, cluster.server().await);
+    removed.network.set_members(vec![a.info()]);
+    assert!(removed.network.call(a.identity.node(), ECHO, vec![], LONG).await.is_err());
+    assert!(removed.network.peer(a.identity.node()).refuses_us);
+
+    let silent = cluster.identity();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    removed.network.set_members(vec![info(&silent, vec![socket.local_addr().unwrap().to_string()])]);
+    assert!(removed.network.call(silent.node(), ECHO, vec![], LONG).await.is_err());
+    assert!(!removed.network.peer(silent.node()).refuses_us, "silence is no refusal");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_dead_address_does_not_hide_a_live_one() {
     let cluster = Cluster::new();
     let (a, b) = (cluster.server().await, cluster.server().await);
