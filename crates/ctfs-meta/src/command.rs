@@ -44,7 +44,8 @@ pub enum Op {
     Write { ino: Ino, cells: Vec<CellWrite>, size_at_least: u64, mtime: Option<Timestamp>, drop_privileges: bool },
     /// Makes whole cells holes; the size stays.
     Punch { ino: Ino, first: CellIndex, cells: u64 },
-    /// Shares whole cells of `source` with `ino` (copy_file_range, reflink).
+    /// Shares whole cells of `source` with `ino` (copy_file_range, reflink). Where `size_at_least`
+    /// ends inside the last cell, `ino` must not go on behind it: [`crate::MetaError::CellChanged`].
     CloneCells { source: Ino, first: CellIndex, ino: Ino, to: CellIndex, cells: u64, size_at_least: u64 },
     /// Drops inodes without links that no server has open any more.
     Reap { inos: Vec<Ino> },

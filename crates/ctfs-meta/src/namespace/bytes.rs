@@ -195,6 +195,12 @@ impl Apply<'_, '_> {
         if from.cell != inode.cell {
             return Err(MetaError::WrongKind(ino).into());
         }
+        // A last cell of which only a part is copied: bytes that the target has behind that part,
+        // perhaps since the proposer looked, must not go with the cell.
+        let end = inode.cell.start_of(to + cells);
+        if (end.saturating_sub(inode.cell.bytes()) + 1..end).contains(&size_at_least) && inode.size > size_at_least {
+            return Err(MetaError::CellChanged { ino, cell: to + cells - 1 }.into());
+        }
 
         let before = inode.contribution();
         inode.size = inode.size.max(size_at_least);

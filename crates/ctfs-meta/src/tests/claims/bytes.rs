@@ -295,6 +295,19 @@ fn a_clone_onto_itself_reads_before_it_writes() {
 }
 
 #[test]
+fn a_clone_of_part_of_a_cell_is_refused_where_the_target_goes_on() {
+    let mut volume = Volume::new();
+    let (a, b) = (volume.file(ROOT, "a"), volume.file(ROOT, "b"));
+    volume.write(a, 0, chunk(1, 100)).unwrap();
+    volume.write(b, 0, chunk(2, 200)).unwrap();
+    let clone = |size_at_least| Op::CloneCells { source: a, first: 0, ino: b, to: 0, cells: 1, size_at_least };
+    assert_eq!(volume.run(clone(100)), Err(MetaError::CellChanged { ino: b, cell: 0 }));
+    assert_eq!(volume.references(chunk_id(2)), Some(1));
+    volume.ok(clone(200));
+    assert_eq!(volume.references(chunk_id(1)), Some(2));
+}
+
+#[test]
 fn a_clone_past_the_largest_file_is_refused() {
     let mut volume = Volume::new();
     let ino = volume.file(ROOT, "a");
