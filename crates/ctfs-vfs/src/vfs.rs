@@ -144,6 +144,8 @@ impl Vfs {
             match change {
                 Change::LocksFreed { ino } => self.waiters.freed(*ino),
                 Change::Reaped { ino } => {
+                    // Only when this server was away: what was written through these is gone.
+                    self.handles.spread_error(*ino, &FsError::Stale(*ino));
                     self.handles.reaped(*ino);
                     self.page_versions.lock().remove(ino);
                 }

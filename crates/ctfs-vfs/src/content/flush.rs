@@ -1,6 +1,9 @@
 //! Flushing: from unflushed ranges to chunks that the metadata name.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
@@ -49,7 +52,23 @@ struct Built {
     bytes: Bytes,
     base: Option<Tag>,
     copies: u8,
-    put_at: Instant,
+    put_at: PutAt,
+}
+
+/// When a chunk was put. Counted on a clock that goes on while this machine is suspended, because
+/// the grace time of the peers that hold the chunk does, too.
+#[derive(Debug, Clone, Copy)]
+struct PutAt(Duration);
+
+impl PutAt {
+    fn now() -> Self {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Self(Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0)))
+    }
+
+    fn elapsed(self) -> Duration {
+        Self::now().0.saturating_sub(self.0)
+    }
 }
 
 /// A cell's new content before it is put.
@@ -83,10 +102,12 @@ impl Shared {
         inode.entry.abandon_flush();
         let flushed = match flushed {
             Err(FsError::Meta(MetaError::NoSuchInode(_)) | FsError::Stale(_)) => {
-                // Nobody can open it any more: there is nothing to keep.
-                debug!(ino = %inode.ino, "unflushed bytes of a removed file are dropped");
+                // Nobody can open it any more: there is nothing to keep. Whoever has it open (it was
+                // reaped while this server was away) must not be told that its bytes are safe.
+                let is_open = inode.local.lock().opens > 0;
+                debug!(ino = %inode.ino, is_open, "unflushed bytes of a removed file are dropped");
                 self.forget(inode.ino);
-                return Ok(());
+                return if is_open { Err(FsError::Stale(inode.ino)) } else { Ok(()) };
             }
             other => other,
         };
@@ -169,6 +190,12 @@ impl Shared {
             };
             match self.meta.propose(op).await {
                 Ok(Reply::Written { attr, .. }) => {
+                    // The answer came late, or this machine slept on the way: what no extent named
+                    // yet may have been collected. Nobody is told 0 before the copies are there.
+                    let kept_for = self.settings.put_age_max.saturating_mul(2);
+                    for done in built.iter_mut().filter(|done| done.put_at.elapsed() > kept_for) {
+                        self.put(done).await?;
+                    }
                     for done in &built {
                         let committed = match done.data {
                             Some(ExtentData::Chunk { id, len }) => Some((Tag { start: done.start, len, id }, &done.bytes[..])),
@@ -235,7 +262,7 @@ impl Shared {
                 Composed::Ready { expect, base, copies, size, bytes } => {
                     let (start, bytes) = trim(bytes);
                     let whole_file = cell == 0 && size.max(size_at_least) <= INLINE_BYTES_MAX as u64;
-                    let mut done = Built { cell, expect, start, data: None, bytes, base, copies, put_at: Instant::now() };
+                    let mut done = Built { cell, expect, start, data: None, bytes, base, copies, put_at: PutAt::now() };
                     if done.bytes.is_empty() {
                         done.start = 0;
                     } else if whole_file {
@@ -255,7 +282,7 @@ impl Shared {
             return Ok(());
         }
         // Counted from before the put: the peers' grace time begins no earlier.
-        let at = Instant::now();
+        let at = PutAt::now();
         let id = self.chunks.put(done.bytes.clone(), done.copies).await?;
         done.data = Some(ExtentData::Chunk { id, len: done.bytes.len() as u32 });
         done.put_at = at;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ctfs_meta::MetaError;
 use ctfs_types::Ino;
 
 use super::{Inode, Shared, attr_of};
@@ -109,22 +110,29 @@ impl Shared {
         if shares {
             self.flush(source).await?;
         }
-        let mut done = 0;
+        let (mut done, mut share_tail) = (0, true);
         while done < len {
             let (read_at, write_at, left) = (from + done, to + done, len - done);
             let at_cell = shares && grid.within(read_at) == 0;
             let mut whole = if at_cell { left / grid.bytes() } else { 0 };
             // The source's last cell is zero behind its end, so it can be shared where nothing of
             // the target lies behind it.
-            if at_cell && whole == 0 && read_at + left == size && write_at + left >= self.size(&writer)? {
+            if at_cell && share_tail && whole == 0 && read_at + left == size && write_at + left >= self.size(&writer)? {
                 whole = 1;
             }
             let step = if whole > 0 {
                 let whole = whole.min(CLONE_CELLS_MAX);
                 let bytes = left.min(whole * grid.bytes());
                 let (first, at) = (grid.cell_of(read_at), grid.cell_of(write_at));
-                self.clone_cells(source, first, &writer, at, whole, write_at + bytes).await?;
-                bytes
+                match self.clone_cells(source, first, &writer, at, whole, write_at + bytes).await {
+                    Ok(()) => bytes,
+                    // Somebody appended to the target behind the copied bytes: those must stay.
+                    Err(FsError::Meta(MetaError::CellChanged { .. })) if !bytes.is_multiple_of(grid.bytes()) => {
+                        share_tail = false;
+                        0
+                    }
+                    Err(error) => return Err(error),
+                }
             } else {
                 let to_boundary = grid.bytes() - grid.within(read_at);
                 let piece = left.min(COPY_BYTES).min(to_boundary);

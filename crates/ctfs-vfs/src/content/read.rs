@@ -154,7 +154,8 @@ impl Shared {
         })
     }
 
-    /// Fetches a chunk and caches it. `None`: somebody else has cached it meanwhile.
+    /// Fetches a chunk and caches it. `None`: look again; somebody else has cached it meanwhile, or
+    /// the cell has other content now.
     pub(super) async fn fetch(&self, inode: &Inode, cell: CellIndex, tag: Tag) -> Result<Option<Bytes>, FsError> {
         let turn = inode.fills.lock().entry(cell).or_default().clone();
         let fetched = async {
@@ -174,12 +175,24 @@ impl Shared {
             Ok(Some(bytes))
         }
         .await;
-        let mut fills = inode.fills.lock();
-        // Ours and the map's: nobody else waits.
-        if Arc::strong_count(&turn) <= 2 {
-            fills.remove(&cell);
+        {
+            let mut fills = inode.fills.lock();
+            // Ours and the map's: nobody else waits.
+            if Arc::strong_count(&turn) <= 2 {
+                fills.remove(&cell);
+            }
         }
-        fetched
+        match fetched {
+            // Named no longer, so perhaps collected by now: the caller looks at the new extent.
+            Err(_) if self.be_current().await.is_ok() && !self.names(inode.ino, cell, &tag)? => Ok(None),
+            fetched => fetched,
+        }
+    }
+
+    /// Whether the cell's extent is of the chunk of `tag` at this moment.
+    fn names(&self, ino: Ino, cell: CellIndex, tag: &Tag) -> Result<bool, FsError> {
+        let extent = extent_of(&self.meta.replica().read(), ino, cell)?;
+        Ok(extent.as_ref().and_then(tag_of).is_some_and(|now| now.id == tag.id))
     }
 
     /// Fetches the next cells in the background while a file is read in order.

@@ -93,7 +93,7 @@ impl Shared {
         if zero {
             let size = self.size(&inode)?;
             if offset < size {
-                self.zero(&inode, offset..end.min(size), end >= size).await?;
+                self.zero(&inode, offset..end.min(size)).await?;
             }
             self.touch(&inode, &mut inode.local.lock(), false);
         }
@@ -105,12 +105,14 @@ impl Shared {
         Ok(())
     }
 
-    /// Makes a range zero, as holes where it covers whole cells. `to_end`: nothing lies behind it,
-    /// so a last part of a cell counts as whole. The caller holds the gate alone.
-    async fn zero(&self, inode: &Arc<Inode>, range: Range<u64>, to_end: bool) -> Result<(), FsError> {
+    /// Makes a range zero, as holes where it covers whole cells. The caller holds the gate alone.
+    ///
+    /// Also at the end of the file a part of a cell is written over, not punched: another server
+    /// may be appending to that cell, and a merge keeps what it appends. Zeros become a hole anyway.
+    async fn zero(&self, inode: &Arc<Inode>, range: Range<u64>) -> Result<(), FsError> {
         let (ino, grid) = (inode.ino, inode.entry.cell_size());
         let first = range.start.div_ceil(grid.bytes());
-        let last = if to_end { range.end.div_ceil(grid.bytes()) } else { grid.cell_of(range.end) };
+        let last = grid.cell_of(range.end);
         if first >= last {
             return self.zero_edge(inode, range).await;
         }
@@ -150,6 +152,10 @@ impl Shared {
     }
 
     /// Shares whole cells of another file. Both were flushed; the caller has checked the grids.
+    ///
+    /// # Errors
+    /// [`ctfs_meta::MetaError::CellChanged`] when `size_at_least` ends inside the last cell and the
+    /// target has grown beyond it meanwhile; nothing was changed.
     pub(super) async fn clone_cells(
         &self,
         source: Ino,

@@ -266,7 +266,7 @@ async fn old_puts_are_put_again_before_they_are_named() {
     let ino = cluster.make("file");
     server.write(ino, 0, pattern(1, 10_000), false).await.unwrap();
     server.flush(ino).await.unwrap();
-    assert_eq!(cluster.puts.load(SeqCst), 2);
+    assert_eq!(cluster.puts.load(SeqCst), 3, "and once more, because the answer came after twice that age");
 }
 
 #[tokio::test]
@@ -281,9 +281,67 @@ async fn a_removed_file_is_flushed_while_open_and_dropped_when_gone() {
     assert!(server.read(ino, 0, 10_000).await.unwrap() == pattern(1, 10_000));
     server.write(ino, 0, pattern(2, 10_000), false).await.unwrap();
     cluster.apply(Op::Reap { inos: vec![ino] }).unwrap();
-    assert_eq!(server.flush(ino).await, Ok(()));
+    assert_eq!(server.flush(ino).await, Err(FsError::Stale(ino)), "these bytes are nowhere");
     assert_eq!(server.usage().dirty + server.usage().clean, 0);
     assert!(matches!(server.read(ino, 0, 10).await, Err(FsError::Meta(MetaError::NoSuchInode(_)))));
+}
+
+#[tokio::test]
+async fn a_read_whose_chunk_was_replaced_and_collected_starts_over() {
+    let cluster = Cluster::new();
+    let (a, b) = (cluster.server(1 << 24), cluster.server(1 << 24));
+    let ino = cluster.make("file");
+    a.write(ino, 0, pattern(1, 10_000), false).await.unwrap();
+    a.flush(ino).await.unwrap();
+    let (others, new) = (cluster.clone(), pattern(2, 10_000));
+    *cluster.before_get.lock() = Some(Box::new(move || {
+        others.delete_chunks();
+        others.write_cell(ino, 0, new, 10_000);
+    }));
+    assert!(b.read(ino, 0, 10_000).await.unwrap() == pattern(2, 10_000));
+}
+
+#[tokio::test]
+async fn what_another_server_appends_survives_a_punch_up_to_the_end() {
+    let cluster = Cluster::new();
+    let server = cluster.server(1 << 24);
+    let ino = cluster.make("file");
+    let (size, more) = (CELL + 5000, CELL + 9000);
+    let whole = pattern(1, more as usize);
+    server.write(ino, 0, whole.slice(..size as usize), false).await.unwrap();
+    server.flush(ino).await.unwrap();
+    let (others, tail) = (cluster.clone(), whole.slice(CELL as usize..));
+    *cluster.before_propose.lock() = Some(Box::new(move || others.write_cell(ino, 1, tail, more)));
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    server.allocate(ino, mode, 0, size).await.unwrap();
+    server.flush(ino).await.unwrap();
+    let got = server.read(ino, 0, 1 << 20).await.unwrap();
+    assert!(got[..size as usize].iter().all(|&byte| byte == 0));
+    assert!(got[size as usize..] == whole[size as usize..]);
+}
+
+#[tokio::test]
+async fn what_another_server_appends_survives_a_copy_that_shares_the_last_cell() {
+    let cluster = Cluster::new();
+    let server = cluster.server(1 << 24);
+    let (source, target) = (cluster.make("source"), cluster.make("target"));
+    let data = pattern(1, CELL as usize + 5000);
+    server.write(source, 0, data.clone(), false).await.unwrap();
+    server.flush(source).await.unwrap();
+    server.copy(source, 0, target, 0, CELL).await.unwrap();
+    server.flush(target).await.unwrap();
+    let (others, longer) = (cluster.clone(), pattern(2, 9000));
+    let (size, tail) = (CELL + 9000, longer.slice(5000..));
+    // After the first cell was shared, and after the copy looked where the target ends.
+    *cluster.before_propose.lock() = Some(Box::new(move || {
+        let later = others.clone();
+        *others.before_propose.lock() = Some(Box::new(move || later.write_cell(target, 1, longer, size)));
+    }));
+    server.copy(source, 0, target, 0, u64::MAX / 2).await.unwrap();
+    server.flush(target).await.unwrap();
+    let got = server.read(target, 0, 1 << 20).await.unwrap();
+    assert!(got[..data.len()] == data);
+    assert!(got[data.len()..] == tail);
 }
 
 #[tokio::test]

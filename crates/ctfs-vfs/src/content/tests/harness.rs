@@ -13,9 +13,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, TierSettings};
 use ctfs_meta::{
-    Batch, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace,
+    Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace,
 };
-use ctfs_types::{Attr, CellSize, ChunkId, FileName, Incarnation, Ino, NodeId, RequestId, Timestamp};
+use ctfs_types::{
+    Attr, CellSize, ChunkId, ExtentData, FileName, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp,
+};
 use parking_lot::{Mutex, RwLock};
 
 use crate::{ChunkAccess, Content, ContentSettings, FsError, Metadata, SpaceReport};
@@ -34,6 +36,18 @@ pub struct Cluster {
     pub failing_puts: AtomicU32,
     /// No proposal reaches a quorum.
     pub cut_off: AtomicBool,
+    /// What somebody else does right before the next proposal, or while the next chunk is fetched.
+    pub before_propose: Hook,
+    pub before_get: Hook,
+}
+
+pub type Hook = Mutex<Option<Box<dyn FnOnce() + Send>>>;
+
+fn run(hook: &Hook) {
+    let hook = hook.lock().take();
+    if let Some(hook) = hook {
+        hook();
+    }
 }
 
 impl Cluster {
@@ -48,6 +62,8 @@ impl Cluster {
             gets: AtomicU32::new(0),
             failing_puts: AtomicU32::new(0),
             cut_off: AtomicBool::new(false),
+            before_propose: Mutex::default(),
+            before_get: Mutex::default(),
         });
         let policy = Policy { copies: None, cell: CellSize::from_bytes(CELL) };
         cluster.apply(Op::SetPolicy { ino: Ino::ROOT, policy }).unwrap();
@@ -83,6 +99,21 @@ impl Cluster {
 
     pub fn attr(&self, ino: Ino) -> Attr {
         self.namespace.read().attr(ino).unwrap().unwrap()
+    }
+
+    /// Writes a cell as a server would that has merged its bytes over the present ones.
+    pub fn write_cell(&self, ino: Ino, cell: u64, bytes: Bytes, size_at_least: u64) {
+        let old = self.namespace.read().cells(ino, cell, 1).unwrap().pop();
+        let data = ExtentData::Chunk { id: ChunkId(*blake3::hash(&bytes).as_bytes()), len: bytes.len() as u32 };
+        let expect = old.map_or(LogIndex(0), |old| old.extent.stamp);
+        let write = CellWrite { cell, expect, start: 0, data: Some(data), copies: 0 };
+        self.chunks.lock().insert(ChunkId(*blake3::hash(&bytes).as_bytes()), bytes);
+        self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false }).unwrap();
+    }
+
+    /// Deletes every chunk, as collection does with those that nothing names.
+    pub fn delete_chunks(&self) {
+        self.chunks.lock().clear();
     }
 
     pub fn server(self: &Arc<Self>, limit: u64) -> Server {
@@ -125,6 +156,7 @@ impl Metadata for Access {
     async fn propose(&self, op: Op) -> Result<Reply, FsError> {
         // Let others run between the merge and the commit, as the network would.
         tokio::task::yield_now().await;
+        run(&self.cluster.before_propose);
         self.cluster.apply(op)
     }
 
@@ -150,6 +182,7 @@ impl ChunkAccess for Access {
     async fn get(&self, id: ChunkId, len: u32) -> Result<Bytes, FsError> {
         tokio::task::yield_now().await;
         self.cluster.gets.fetch_add(1, SeqCst);
+        run(&self.cluster.before_get);
         let bytes = self.cluster.chunks.lock().get(&id).cloned().ok_or(FsError::ChunkLost { chunk: id })?;
         assert!(len as usize <= bytes.len(), "an extent names more bytes than its chunk has");
         Ok(bytes)
