@@ -1,5 +1,8 @@
 //! The program as a script sees it, where no daemon is needed: output, errors, exit statuses.
 
+#[path = "supply.rs"]
+mod supply;
+
 use std::{
     fs,
     path::Path,

@@ -22,7 +22,7 @@ pub struct Policy {
 enum Verb {
     /// Set a policy for everything below a directory that sets no other
     ///
-    /// Copies concern what is there already, too; the chunk size only files made from now on.
+    /// Both concern what is written from now on.
     #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs policy set /srv/data/db --copies 3\n  ctfs policy set /srv/data/video --chunk-size 8MiB")]
     Set {
         path: PathBuf,
