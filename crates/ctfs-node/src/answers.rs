@@ -33,7 +33,7 @@ impl AdminHandler for Answers {
                 Ok(Response::Nodes(NodesReport { this_node: node.settings.name.clone(), servers }))
             }
             Request::Token { ttl_secs, uses } => node.token(ttl_secs, uses).await.map(Response::Token),
-            Request::NodeRemove { name } => node.remove_member(&name).await.map(Response::Done),
+            Request::NodeRemove { name, force } => node.remove_member(&name, force).await.map(Response::Done),
             Request::Df { path } => node.df(path).map(Response::Df),
             Request::Info { path } => node.info(&path).await.map(Response::Info),
             Request::PolicySet { path, copies, cell } => {
@@ -296,7 +296,7 @@ impl Node {
         })
     }
 
-    async fn remove_member(&self, name: &str) -> Result<DoneReport, Problem> {
+    async fn remove_member(&self, name: &str, force: bool) -> Result<DoneReport, Problem> {
         let members = self.members()?;
         let member = members
             .iter()
@@ -306,8 +306,11 @@ impl Node {
         if alive == 0 && members.len() > 1 {
             return Err(Problem::no_quorum("no other server answers"));
         }
-        self.membership.remove(member.node).await?;
-        let mut notes = vec!["its copies are re-made on the others; ctfs status shows how far that is".to_owned()];
+        self.membership.remove(member.node, force).await?;
+        let mut notes = Vec::new();
+        if force {
+            notes.push("what only it held is lost; ctfs status shows what is copied from the others".to_owned());
+        }
         if members.len() == 3 {
             notes.push("two servers are left: the loss of either stops writing; add another: ctfs token".to_owned());
         }

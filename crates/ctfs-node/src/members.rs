@@ -19,6 +19,7 @@ use crate::{
     stop,
     messages::{self, service},
     problem::{Code, Problem},
+    report::Figures,
     services::{Heard, Services},
 };
 
@@ -26,8 +27,10 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A server that came back counts as back after this long, so that flapping moves no chunks.
 const BACK_AFTER: Duration = Duration::from_secs(2);
-/// Removing a member may need an election.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(15);
+/// How long `node remove` waits for copies to be made elsewhere before it says how many are left.
+const EMPTY_DEADLINE: Duration = Duration::from_secs(60);
+/// Removing a member may need an election besides.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(80);
 
 pub struct Membership {
     consensus: Consensus,
@@ -37,6 +40,7 @@ pub struct Membership {
     away_after: Duration,
     /// Members on their way out, so that the care below does not put them back.
     leaving: Mutex<BTreeSet<NodeId>>,
+    figures: Arc<Figures>,
     /// Since when this server, as leader, sees each member in its present condition.
     seen: Mutex<BTreeMap<NodeId, (bool, Instant)>>,
 }
@@ -90,10 +94,11 @@ impl Membership {
         consensus: Consensus,
         services: Arc<Services>,
         network: ctfs_net::Network,
+        figures: Arc<Figures>,
         node: NodeId,
         away_after: Duration,
     ) -> Arc<Self> {
-        Arc::new(Self { consensus, services, network, node, away_after, leaving: Mutex::default(), seen: Mutex::default() })
+        Arc::new(Self { consensus, services, network, figures, node, away_after, leaving: Mutex::default(), seen: Mutex::default() })
     }
 
     /// Cares for the list until `stop` turns true. `changed` fires when the list changed.
@@ -137,7 +142,8 @@ impl Membership {
     /// Proposes `Away` for whoever was silent too long and `Active` for whoever is back.
     async fn mark_away(&self, members: &[Member]) -> Result<(), Problem> {
         let now = Instant::now();
-        for member in members.iter().filter(|m| m.node != self.node) {
+        let leaving = self.leaving.lock().clone();
+        for member in members.iter().filter(|m| m.node != self.node && !leaving.contains(&m.node)) {
             let alive = matches!(self.services.heard(member.node), Some(Heard::Connected)) || self.network.peer(member.node).connected;
             let since = {
                 let mut seen = self.seen.lock();
@@ -161,16 +167,17 @@ impl Membership {
     /// Removes a member for good, from whichever server the operator asked.
     ///
     /// # Errors
-    /// E0126 for an unknown name or number, E0119 without a majority.
-    pub async fn remove(&self, node: NodeId) -> Result<(), Problem> {
+    /// E0126 for an unknown name or number, E0119 without a majority, E0127 while it may hold the
+    /// last copy of something and `force` is not set.
+    pub async fn remove(&self, node: NodeId, force: bool) -> Result<(), Problem> {
         let deadline = Instant::now() + REMOVE_DEADLINE;
         loop {
             let status = self.consensus.status();
             let verdict = match status.leader {
-                Some(leader) if leader == self.node => self.remove_here(node).await,
+                Some(leader) if leader == self.node => self.remove_here(node, force).await,
                 Some(leader) => self
                     .network
-                    .call(leader, service::REMOVE_MEMBER, messages::encode(&node), REMOVE_DEADLINE)
+                    .call(leader, service::REMOVE_MEMBER, messages::encode(&(node, force)), REMOVE_DEADLINE)
                     .await
                     .map_err(|error| Problem::no_quorum(&error.to_string()))
                     .and_then(|reply| messages::decode(&reply).map_err(|why| Problem::internal(&why))?),
@@ -185,9 +192,10 @@ impl Membership {
         }
     }
 
-    /// The leader's part: votes first, then the list, because whoever leaves the list is cut
-    /// off at once and could not agree to its own removal.
-    pub async fn remove_here(&self, node: NodeId) -> Result<(), Problem> {
+    /// The leader's part: first its chunks are placed elsewhere and seen to be there, then it
+    /// loses its vote, then its place in the list; whoever leaves the list is cut off at once and
+    /// could neither hand out a chunk nor agree to its own removal.
+    pub async fn remove_here(&self, node: NodeId, force: bool) -> Result<(), Problem> {
         let members = self.members()?;
         if !members.iter().any(|m| m.node == node) {
             return Err(Problem::no_such_server(&node.to_string()));
@@ -198,6 +206,9 @@ impl Membership {
         self.leaving.lock().insert(node);
         let staying: Vec<Member> = members.into_iter().filter(|m| m.node != node).collect();
         let result = async {
+            if !force {
+                self.empty(node, &staying).await?;
+            }
             self.vote(&staying).await?;
             match self.propose(Op::RemoveMember { node }).await {
                 Err(problem) if problem.is(Code::NoSuchServer) => Ok(()),
@@ -207,6 +218,35 @@ impl Membership {
         .await;
         self.leaving.lock().remove(&node);
         result
+    }
+
+    /// Takes the member out of the placement and waits until the others hold what it held.
+    async fn empty(&self, node: NodeId, staying: &[Member]) -> Result<(), Problem> {
+        self.propose(Op::SetMemberState { node, state: MemberState::Away }).await?;
+        let since = self.consensus.applied().borrow().0;
+        let deadline = Instant::now() + EMPTY_DEADLINE;
+        loop {
+            let mut left = 0;
+            let mut walking = Vec::new();
+            for member in staying.iter().filter(|m| m.state == MemberState::Active) {
+                let figures = if member.node == self.node {
+                    Some(self.figures.local())
+                } else {
+                    self.figures.of(member.node).map(|(_, figures)| figures)
+                };
+                match figures {
+                    Some(figures) if figures.walked >= since => left += figures.missing,
+                    _ => walking.push(member.name.clone()),
+                }
+            }
+            if left == 0 && walking.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Problem::would_lose(left, &walking));
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
 
     async fn propose(&self, op: Op) -> Result<(), Problem> {

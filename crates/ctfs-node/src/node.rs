@@ -101,7 +101,6 @@ struct Credentials {
     authority: Authority,
     record: ClusterRecord,
     incarnation: Incarnation,
-    founding: bool,
 }
 
 impl Node {
@@ -115,7 +114,7 @@ impl Node {
         let mut settings = settings;
         port_is_free(settings.listen)?;
         let credentials = credentials(&state, &mut settings).await?;
-        let Credentials { identity, authority, record, incarnation, founding } = credentials;
+        let Credentials { identity, authority, record, incarnation } = credentials;
         let id = identity.node();
         let key = identity.key_hash();
 
@@ -138,21 +137,23 @@ impl Node {
             .map_err(|error| Problem::metadata(&error.to_string()))?;
         services.serve_consensus(consensus.clone());
 
-        let store_settings = StoreSettings { pin_for: settings.gc_grace, ..StoreSettings::with_capacity(settings.capacity.0) };
+        let store_settings = StoreSettings::with_capacity(settings.capacity.0);
         let store = ChunkStore::open(&state.join("chunks"), store_settings).map_err(|e| Problem::chunk_store(&e.to_string()))?;
         let store = Arc::new(store);
         let chunks = Chunks::new(id, store.clone(), peers.clone(), ChunkSettings::default());
         services.serve_chunks(store.clone(), chunks.clone());
 
-        if founding && !consensus.is_initialized() {
+        if record.took_part && !consensus.is_initialized() {
+            return Err(Problem::metadata("its log is gone, and with it its votes"));
+        }
+        if record.founder && !is_founded(&consensus)? {
             found(&consensus, &settings, &record, key, incarnation, &network).await?;
         }
 
         let tier = CacheTier::open(TierSettings::new(settings.cache_dir.clone(), settings.cache_size.0))
             .map_err(|error| Problem::io(&format!("open the cache tier in {}", settings.cache_dir.display()), &error))?;
-        let replica = consensus.replica();
         let figures = Figures::new(network.clone(), consensus.clone(), store.clone(), id);
-        let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: replica.clone(), node: id, incarnation });
+        let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: consensus.replica(), node: id, incarnation });
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
         let vfs = Vfs::new(metadata, cluster_chunks, tier, VfsSettings::default());
@@ -160,10 +161,10 @@ impl Node {
         events.tell_vfs(vfs.clone());
         services.serve_vfs(vfs.clone());
 
-        let repair = Repair::new(replica, store.clone(), chunks.clone());
+        let repair = Repair::new(consensus.clone(), store.clone(), chunks.clone());
         figures.watch_repair(repair.clone());
         events.tell_repair(repair.clone());
-        let membership = Membership::new(consensus.clone(), services.clone(), network.clone(), id, settings.away_after);
+        let membership = Membership::new(consensus.clone(), services.clone(), network.clone(), figures.clone(), id, settings.away_after);
         let doorman = Arc::new(Doorman::new(consensus.clone(), authority));
         services.serve_cluster(doorman.clone(), membership.clone(), figures.clone());
 
@@ -197,6 +198,7 @@ impl Node {
         node.spawn(socket.serve(Arc::new(Answers(node.clone())), node.stop.subscribe()));
         let serving = async {
             node.take_part(incarnation).await?;
+            node.remember_taking_part()?;
             node.mount()
         };
         match serving.await {
@@ -209,20 +211,14 @@ impl Node {
     }
 
     /// Waits until this server's replica is current, then reports its new life.
-    async fn take_part(&self, incarnation: Incarnation) -> Result<(), Problem> {
+    async fn take_part(self: &Arc<Self>, incarnation: Incarnation) -> Result<(), Problem> {
         let deadline = Instant::now() + CATCH_UP;
         let mut applied = self.consensus.applied();
         let mut last = Problem::no_quorum("the other servers did not answer");
         while Instant::now() < deadline {
             let member = self.member(self.id)?;
             if let Some(member) = member {
-                let op = Op::Incarnate {
-                    node: self.id,
-                    incarnation,
-                    addresses: advertised(&self.settings, &self.network, &member.addresses),
-                    capacity: self.settings.capacity.0,
-                    version: env!("CARGO_PKG_VERSION").to_owned(),
-                };
+                let op = self.new_life(incarnation, &member);
                 let proposed = tokio::select! {
                     proposed = self.consensus.propose(op) => proposed,
                     () = self.turned_away() => return Err(Problem::removed()),
@@ -231,6 +227,7 @@ impl Node {
                     Ok(Ok(_)) => return Ok(()),
                     Ok(Err(MetaError::NoSuchMember)) => return Err(Problem::removed()),
                     Ok(Err(verdict)) => return Err(Problem::internal(&verdict.to_string())),
+                    Err(ctfs_consensus::ProposeError::Stopped(why)) => return Err(Problem::metadata(&why)),
                     Err(error) => last = Problem::no_quorum(&error.to_string()),
                 }
             } else {
@@ -246,9 +243,48 @@ impl Node {
         // policy, writes when a majority is back. One that joins has nothing yet.
         if self.member(self.id)?.is_some() {
             tracing::warn!(why = last.what, "starting without a majority");
+            self.spawn(self.clone().report_life(incarnation));
             Ok(())
         } else {
             Err(last)
+        }
+    }
+
+    fn new_life(&self, incarnation: Incarnation, member: &Member) -> Op {
+        Op::Incarnate {
+            node: self.id,
+            incarnation,
+            addresses: advertised(&self.settings, &self.network, &member.addresses),
+            capacity: self.settings.capacity.0,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// Reports the new life when a majority is back: until then the locks of the last one hold.
+    async fn report_life(self: Arc<Self>, incarnation: Incarnation) {
+        let mut stopping = self.stop.subscribe();
+        loop {
+            let Ok(Some(member)) = self.member(self.id) else { return };
+            let proposed = tokio::select! {
+                proposed = self.consensus.propose(self.new_life(incarnation, &member)) => proposed,
+                () = stop::requested(&mut stopping) => return,
+            };
+            match proposed {
+                Ok(Ok(_)) => return,
+                Ok(Err(MetaError::NoSuchMember)) => return self.end(Problem::removed()),
+                Ok(Err(verdict)) => return tracing::error!(%verdict, "cannot report this life"),
+                Err(ctfs_consensus::ProposeError::Stopped(_)) => return,
+                // A proposal has waited for its deadline already.
+                Err(error) => tracing::debug!(%error, "cannot report this life yet"),
+            }
+        }
+    }
+
+    /// From now on an empty log is a lost one.
+    fn remember_taking_part(&self) -> Result<(), Problem> {
+        match self.state.cluster()? {
+            Some(record) if !record.took_part => self.state.set_cluster(&ClusterRecord { took_part: true, ..record }),
+            _ => Ok(()),
         }
     }
 
@@ -299,6 +335,8 @@ impl Node {
         let mount = Arc::new(mount);
         let notifier = mount.notifier();
         self.spawn(self.events.clone().follow(notifier.invalidated()));
+        // What was applied since the mount began may be in the kernel already.
+        notifier.forget_everything();
         self.events.tell_kernel(Some(notifier));
         *slot = Some(mount.clone());
         drop(slot);
@@ -316,16 +354,22 @@ impl Node {
 
     /// Unmounts and keeps serving peers; what is dirty is written back first.
     pub async fn unmount(&self) -> Result<(), Problem> {
-        let mount = self.mount.lock().take();
-        let Some(mount) = mount else { return Ok(()) };
         self.write_back().await?;
+        self.detach().await?;
+        // What the kernel had kept of mapped files came with the unmount.
+        self.write_back().await
+    }
+
+    /// Takes the mount out of the tree.
+    async fn detach(&self) -> Result<(), Problem> {
+        let Some(mount) = self.mount.lock().clone() else { return Ok(()) };
+        tokio::task::spawn_blocking(move || mount.unmount())
+            .await
+            .map_err(|error| Problem::internal(&error.to_string()))?
+            .map_err(|error| Problem::internal(&format!("unmount: {error}")))?;
         self.events.tell_kernel(None);
-        let unmounted = tokio::task::spawn_blocking(move || mount.unmount()).await;
-        match unmounted {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(Problem::internal(&format!("unmount: {error}"))),
-            Err(error) => Err(Problem::internal(&error.to_string())),
-        }
+        *self.mount.lock() = None;
+        Ok(())
     }
 
     pub fn is_mounted(&self) -> bool {
@@ -342,11 +386,11 @@ impl Node {
 
     /// Flushes, unmounts and stops. Safe to call more than once.
     pub async fn shutdown(&self) {
-        if let Err(problem) = self.unmount().await {
-            tracing::error!(code = problem.code, what = problem.what, why = problem.why, "shutting down with a problem");
-        }
-        if let Err(problem) = self.write_back().await {
-            tracing::error!(code = problem.code, what = problem.what, why = problem.why, "shutting down with a problem");
+        // Each step whatever the one before said: a mount must not outlive its server.
+        for step in [self.write_back().await, self.detach().await, self.write_back().await] {
+            if let Err(problem) = step {
+                tracing::error!(code = problem.code, what = problem.what, why = problem.why, "shutting down with a problem");
+            }
         }
         self.stop.send_replace(true);
         let tasks = std::mem::take(&mut *self.tasks.lock());
@@ -423,15 +467,18 @@ impl Node {
             }
         });
 
-        let (store, replica, mut stopping) = (self.store.clone(), self.consensus.replica(), stop());
+        let (store, consensus, mut stopping) = (self.store.clone(), self.consensus.clone(), stop());
         self.spawn(async move {
             loop {
                 let chunk = tokio::select! {
                     chunk = deletions.recv() => match chunk { Some(chunk) => chunk, None => return },
                     () = stop::requested(&mut stopping) => return,
                 };
-                // Referenced again since it was forgotten: keep it.
-                let unknown = matches!(replica.read().chunk(&chunk), Ok(None));
+                // A replica that catches up sees old deletions of chunks that later entries name again.
+                if consensus.barrier().await.is_err() {
+                    continue;
+                }
+                let unknown = matches!(consensus.replica().read().chunk(&chunk), Ok(None));
                 if unknown && let Err(error) = store.delete(&chunk).await {
                     tracing::warn!(%chunk, %error, "cannot delete a chunk");
                 }
@@ -522,7 +569,7 @@ fn peer_infos(members: &[Member], own: NodeId) -> Vec<PeerInfo> {
 async fn credentials(state: &StateDir, settings: &mut NodeSettings) -> Result<Credentials, Problem> {
     let identity_dir = state.join("identity");
     let identity_error = |error: ctfs_net::IdentityError| Problem::damaged(&identity_dir, &error.to_string());
-    let founding = match (state.cluster()?, settings.join.take()) {
+    match (state.cluster()?, settings.join.take()) {
         (Some(record), token) => {
             if let Some(token) = token
                 && token.ca_hash != *blake3::hash(&record.identity.ca_certificate).as_bytes()
@@ -531,23 +578,20 @@ async fn credentials(state: &StateDir, settings: &mut NodeSettings) -> Result<Cr
             }
             settings.name = record.name;
             settings.zone = record.zone;
-            true
         }
         (None, Some(token)) => {
             become_member(state, settings, &token).await?;
-            false
         }
         (None, None) => {
             become_founder(state, settings)?;
-            true
         }
-    };
+    }
     let identity = Identity::load(&identity_dir).map_err(identity_error)?;
     let (record, incarnation) = state.begin_life(identity.node())?;
     let key = String::from_utf8(state.read("ca.key")?).map_err(|_| Problem::damaged(&state.join("ca.key"), "it is not text"))?;
     let authority = Authority::from_pem(&key)
         .map_err(|error| Problem::damaged(&state.join("ca.key"), &error.to_string()))?;
-    Ok(Credentials { identity, authority, record, incarnation, founding })
+    Ok(Credentials { identity, authority, record, incarnation })
 }
 
 fn become_founder(state: &StateDir, settings: &NodeSettings) -> Result<(), Problem> {
@@ -562,6 +606,8 @@ fn become_founder(state: &StateDir, settings: &NodeSettings) -> Result<(), Probl
     state.set_cluster(&ClusterRecord {
         identity: ClusterIdentity { id: rand::random(), name, ca_certificate: authority.certificate_der().to_vec() },
         lives: 0,
+        founder: true,
+        took_part: false,
         name: settings.name.clone(),
         zone: settings.zone.clone(),
     })
@@ -594,7 +640,20 @@ async fn become_member(state: &StateDir, settings: &NodeSettings, token: &ctfs_n
     state.write("ca.key", authority_key.as_bytes())?;
     state.set_peers(&members)?;
     // Last: with this record the state directory is a member's.
-    state.set_cluster(&ClusterRecord { identity: cluster, lives: 0, name: settings.name.clone(), zone: settings.zone.clone() })
+    state.set_cluster(&ClusterRecord {
+        identity: cluster,
+        lives: 0,
+        founder: false,
+        took_part: false,
+        name: settings.name.clone(),
+        zone: settings.zone.clone(),
+    })
+}
+
+/// Whether the volume has had its first command.
+fn is_founded(consensus: &Consensus) -> Result<bool, Problem> {
+    let cluster = consensus.replica().read().cluster().map_err(|error| Problem::metadata(&error.to_string()))?;
+    Ok(cluster.is_some())
 }
 
 async fn found(
@@ -618,7 +677,11 @@ async fn found(
         joined: Timestamp::from(SystemTime::now()),
     };
     let op = Op::Found { cluster: record.identity.clone(), member };
-    consensus.found(op).await.map_err(|error| Problem::metadata(&error.to_string()))?;
+    match consensus.found(op).await {
+        // A crash came after the command and before it was applied here again.
+        Ok(()) | Err(ctfs_consensus::ProposeError::Refused(MetaError::AlreadyFounded)) => {}
+        Err(error) => return Err(Problem::metadata(&error.to_string())),
+    }
     if settings.copies > 0 {
         let policy = Policy { copies: Some(settings.copies), cell: None };
         match consensus.propose(Op::SetPolicy { ino: Ino::ROOT, policy }).await {

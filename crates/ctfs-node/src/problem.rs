@@ -262,6 +262,18 @@ impl Problem {
             .try_next("bring a majority of the servers back, then try again")
     }
 
+    /// `missing` chunks are not on the other servers yet; `walking` have not looked yet.
+    pub fn would_lose(missing: u64, walking: &[String]) -> Self {
+        let why = match (missing, walking) {
+            (0, walking) => format!("not all of the others have looked through their chunks yet: {}", walking.join(", ")),
+            (missing, _) => format!("{missing} chunks could not be copied to the others yet"),
+        };
+        Self::new(Code::WouldLoseData, "it may hold the last copy of something")
+            .why(why)
+            .try_next("ctfs status    shows how far copying is; then run this again")
+            .try_next("if it is lost for ever and so be it: add --force")
+    }
+
     pub fn last_server() -> Self {
         Self::new(Code::WouldLoseData, "this is the only server; removing it would lose everything").try_next("ctfs down")
     }

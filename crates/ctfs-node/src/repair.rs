@@ -15,6 +15,7 @@ use std::{
 };
 
 use ctfs_chunk::{ChunkStore, Chunks, Deleted, Ensured, Released};
+use ctfs_consensus::Consensus;
 use ctfs_meta::SharedNamespace;
 use ctfs_types::ChunkId;
 use parking_lot::Mutex;
@@ -34,6 +35,7 @@ const FETCHES: usize = 4;
 const WANTED_MAX: usize = 100_000;
 
 pub struct Repair {
+    consensus: Consensus,
     replica: SharedNamespace,
     store: Arc<ChunkStore>,
     chunks: Chunks,
@@ -53,12 +55,15 @@ pub struct Progress {
     /// Placed here and not held, as the last walk left it.
     pub missing: AtomicU64,
     pub dropped: AtomicU64,
+    /// Log index at which the last finished walk began.
+    pub seen: AtomicU64,
 }
 
 impl Repair {
-    pub fn new(replica: SharedNamespace, store: Arc<ChunkStore>, chunks: Chunks) -> Arc<Self> {
+    pub fn new(consensus: Consensus, store: Arc<ChunkStore>, chunks: Chunks) -> Arc<Self> {
         Arc::new(Self {
-            replica,
+            replica: consensus.replica(),
+            consensus,
             store,
             chunks,
             wanted: Mutex::default(),
@@ -138,6 +143,8 @@ impl Repair {
     async fn walk(&self) {
         self.progress.walking.store(true, Relaxed);
         self.progress.walked.store(0, Relaxed);
+        self.progress.total.store(self.replica.read().chunk_count(), Relaxed);
+        let began = self.replica.read().applied();
         let mut missing = 0;
         let mut after = None;
         loop {
@@ -157,6 +164,7 @@ impl Repair {
         }
         self.drop_unknown().await;
         self.progress.missing.store(missing, Relaxed);
+        self.progress.seen.store(began.0, Relaxed);
         self.progress.walking.store(false, Relaxed);
         if missing > 0 {
             tracing::warn!(missing, "some chunks that belong here could not be fetched");
@@ -166,8 +174,6 @@ impl Repair {
     }
 
     fn walk_after(&self, wait: Duration) {
-        // An entry that names no chunk only wakes the loop; `walk` decides.
-        self.walk.store(false, Relaxed);
         self.wanted.lock().insert((Instant::now() + wait, WALK_MARK));
     }
 
@@ -184,6 +190,8 @@ impl Repair {
                         0
                     }
                     Ok(Ensured::AlreadyHere) => 0,
+                    // What an old replica calls surplus may be placed here by now.
+                    Ok(Ensured::NotMine) if !self.store.holds(&id) || self.consensus.barrier().await.is_err() => 0,
                     Ok(Ensured::NotMine) => {
                         if self.store.holds(&id) && matches!(self.chunks.release_surplus(id, copies).await, Ok(Released::Released)) {
                             self.progress.dropped.fetch_add(1, Relaxed);
@@ -208,6 +216,11 @@ impl Repair {
             let ids = self.store.ids_after(after, PAGE);
             let Some(last) = ids.last() else { return };
             after = Some(*last);
+            // An old replica does not know what was written last: after a restart, or without a
+            // majority, every acknowledged chunk may look unknown.
+            if self.consensus.barrier().await.is_err() {
+                return;
+            }
             let unknown: Vec<ChunkId> = {
                 let replica = self.replica.read();
                 ids.into_iter().filter(|id| matches!(replica.chunk(id), Ok(None))).collect()

@@ -104,8 +104,8 @@ impl Handler for Services {
             service::OPEN_ORPHANS => self.open_orphans(messages::decode(&payload)?).await,
             service::REPORT => Ok(messages::encode(&self.figures.get().ok_or(STARTING)?.local())),
             service::REMOVE_MEMBER => {
-                let node: NodeId = messages::decode(&payload)?;
-                let verdict = self.membership.get().ok_or(STARTING)?.remove_here(node).await;
+                let (node, force): (NodeId, bool) = messages::decode(&payload)?;
+                let verdict = self.membership.get().ok_or(STARTING)?.remove_here(node, force).await;
                 Ok(messages::encode(&verdict))
             }
             unknown => Err(format!("no service {unknown:#06x}; is this server of an older version?")),

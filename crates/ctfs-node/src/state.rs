@@ -41,6 +41,12 @@ pub struct ClusterRecord {
     pub identity: ClusterIdentity,
     /// Lives of this server's daemon so far.
     pub lives: u64,
+    /// Whether this server made the cluster. Only then may it found one again after a crash in
+    /// the middle: a joiner that did would fork.
+    pub founder: bool,
+    /// Whether this server has taken part. From then on an empty log is a lost one, and a server
+    /// that forgot its votes must not vote again.
+    pub took_part: bool,
     /// Name and zone under which it joined.
     pub name: String,
     pub zone: String,
@@ -163,6 +169,8 @@ mod tests {
         ClusterRecord {
             identity: ClusterIdentity { id: [7; 16], name: "brave-otter".into(), ca_certificate: vec![1, 2] },
             lives: 0,
+            founder: true,
+            took_part: false,
             name: "a".into(),
             zone: "z".into(),
         }

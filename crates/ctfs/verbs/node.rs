@@ -10,6 +10,9 @@ use ctfs_node::{
 
 use crate::{Context, errors::Outcome};
 
+/// The daemon waits a minute for copies, then says how many are left.
+const COPYING: std::time::Duration = std::time::Duration::from_secs(100);
+
 /// Change the list of servers
 #[derive(Debug, Args)]
 pub struct Node {
@@ -21,8 +24,8 @@ pub struct Node {
 enum Verb {
     /// Remove a server for good: its key is never accepted again
     ///
-    /// Its chunks are copied from where they still are. A server whose disk is lost is removed
-    /// the same way. To come back it joins as a new server, with an empty state directory.
+    /// First its chunks are copied to the others, from wherever they still are; while some are
+    /// not, it is refused. A server whose disk is lost is removed the same way. To come back it joins as a new server, with an empty state directory.
     Remove {
         /// Name, as `ctfs nodes` shows it
         name: String,
@@ -30,16 +33,20 @@ enum Verb {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+
+        /// Remove it although it may hold the last copy of something
+        #[arg(long)]
+        force: bool,
     },
 }
 
 impl Node {
     pub fn run(self, context: &Context) -> Outcome {
-        let Verb::Remove { name, yes } = self.verb;
+        let Verb::Remove { name, yes, force } = self.verb;
         if !yes {
             confirm(context, &format!("remove {name} from the cluster for good?"))?;
         }
-        let done = super::ask_to(context, &Request::NodeRemove { name }, super::CHANGE)?;
+        let done = super::ask_to(context, &Request::NodeRemove { name, force }, COPYING)?;
         super::say_done(context, &done);
         Ok(exit::OK)
     }

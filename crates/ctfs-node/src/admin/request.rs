@@ -27,6 +27,9 @@ pub enum Request {
     },
     NodeRemove {
         name: String,
+        /// Also when it may hold the last copy of something.
+        #[serde(default)]
+        force: bool,
     },
     Df {
         path: Option<WirePath>,
@@ -142,7 +145,7 @@ mod tests {
         for (text, request) in [
             (r#"{"verb":"ping"}"#, Request::Ping),
             (r#"{"verb":"token","ttl_secs":3600,"uses":1}"#, Request::Token { ttl_secs: 3600, uses: 1 }),
-            (r#"{"verb":"node-remove","name":"c"}"#, Request::NodeRemove { name: "c".into() }),
+            (r#"{"verb":"node-remove","name":"c","force":false}"#, Request::NodeRemove { name: "c".into(), force: false }),
             (r#"{"verb":"df","path":null}"#, Request::Df { path: None }),
             (r#"{"verb":"cache-drop"}"#, Request::CacheDrop),
         ] {
