@@ -179,7 +179,7 @@ mod tests {
     impl AdminHandler for Echo {
         async fn handle(&self, request: Request) -> Result<Response, Problem> {
             match request {
-                Request::NodeRemove { name } => Err(Problem::no_such_server(&name)),
+                Request::NodeRemove { name, .. } => Err(Problem::no_such_server(&name)),
                 Request::Nodes => Ok(Response::Done(DoneReport { message: "x".repeat(LINE_BYTES_MAX), notes: vec![] })),
                 other => Ok(Response::Done(DoneReport { message: format!("{other:?}"), notes: vec![] })),
             }
@@ -205,7 +205,7 @@ mod tests {
         with_daemon(dir.path(), |state| {
             let Ok(Response::Done(done)) = AdminClient::call(state, &Request::CacheDrop, DEADLINE) else { panic!() };
             assert_eq!(done.message, "CacheDrop");
-            match AdminClient::call(state, &Request::NodeRemove { name: "x".into() }, DEADLINE) {
+            match AdminClient::call(state, &Request::NodeRemove { name: "x".into(), force: false }, DEADLINE) {
                 Err(ClientError::Problem(problem)) => assert_eq!(problem, Problem::no_such_server("x")),
                 other => panic!("{other:?}"),
             }
