@@ -25,6 +25,8 @@ const ORPHANS_EVERY: Duration = Duration::from_secs(1);
 const CHUNKS_EVERY: Duration = Duration::from_secs(5);
 /// Inodes or chunks in one command; keeps a log entry near 64 KiB.
 const BATCH: usize = 1024;
+/// Inodes in one reaping command: their cells go while the replica is locked.
+const REAPED: usize = 64;
 
 pub struct Collector {
     pub consensus: Consensus,
@@ -52,18 +54,19 @@ impl Collector {
     /// Every active member must answer for itself: one that does not may have them open. A
     /// member that is away has lost its leases, and with them its handles.
     async fn reap(&self) {
+        let mut after = Ino(0);
         loop {
             let (inos, applied, members) = {
                 let replica = self.consensus.replica();
                 let namespace = replica.read();
-                match (namespace.orphans(BATCH), namespace.members()) {
+                match (namespace.orphans(after, BATCH), namespace.members()) {
                     (Ok(inos), Ok(members)) => (inos, namespace.applied(), members),
                     _ => return,
                 }
             };
-            if inos.is_empty() {
-                return;
-            }
+            let Some(&last) = inos.last() else { return };
+            // Those that stay open do not keep the ones behind them waiting.
+            after = last;
             let mut open = self.vfs.open_orphans(&inos);
             let question = messages::encode(&OpenOrphans { applied, inos: inos.clone() });
             let others = members.iter().filter(|m| m.node != self.node && m.state == MemberState::Active);
@@ -78,11 +81,12 @@ impl Collector {
                 }
             }
             let unused: Vec<Ino> = inos.iter().zip(&open).filter(|(_, open)| !**open).map(|(ino, _)| *ino).collect();
-            let all = unused.len() == inos.len();
-            if unused.is_empty() || self.consensus.propose(Op::Reap { inos: unused }).await.is_err() {
-                return;
+            for some in unused.chunks(REAPED) {
+                if self.consensus.propose(Op::Reap { inos: some.to_vec() }).await.is_err() {
+                    return;
+                }
             }
-            if !all || inos.len() < BATCH {
+            if inos.len() < BATCH {
                 return;
             }
         }

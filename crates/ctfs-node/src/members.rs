@@ -19,6 +19,8 @@ use crate::{
     stop,
     messages::{self, service},
     problem::{Code, Problem},
+    node::placement_of,
+    repair::placement_mark,
     report::Figures,
     services::{Heard, Services},
 };
@@ -223,7 +225,7 @@ impl Membership {
     /// Takes the member out of the placement and waits until the others hold what it held.
     async fn empty(&self, node: NodeId, staying: &[Member]) -> Result<(), Problem> {
         self.propose(Op::SetMemberState { node, state: MemberState::Away }).await?;
-        let since = self.consensus.applied().borrow().0;
+        let without = placement_mark(placement_of(&self.members()?).servers());
         let deadline = Instant::now() + EMPTY_DEADLINE;
         loop {
             let mut left = 0;
@@ -235,7 +237,7 @@ impl Membership {
                     self.figures.of(member.node).map(|(_, figures)| figures)
                 };
                 match figures {
-                    Some(figures) if figures.walked >= since => left += figures.missing,
+                    Some(figures) if figures.walked == without => left += figures.missing,
                     _ => walking.push(member.name.clone()),
                 }
             }

@@ -42,7 +42,8 @@ pub struct ServerFigures {
     pub chunks: u64,
     /// Chunks that placement gives to this server and it does not hold yet.
     pub missing: u64,
-    /// Log index at which the last finished repair walk began; `missing` is what it left.
+    /// For which placement the last repair walk was made ([`crate::repair::placement_mark`]);
+    /// `missing` is what it left.
     pub walked: u64,
     pub version: String,
 }

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_chunk::{ChunkStore, Chunks, Deleted, Ensured, Released};
+use ctfs_chunk::{ChunkStore, Chunks, Deleted, Ensured, Released, Server};
 use ctfs_consensus::Consensus;
 use ctfs_meta::SharedNamespace;
 use ctfs_types::ChunkId;
@@ -33,6 +33,16 @@ const PAGE: usize = 512;
 const FETCHES: usize = 4;
 /// Chunks remembered between walks; past it the next walk finds them anyway.
 const WANTED_MAX: usize = 100_000;
+
+/// A number for a placement: servers that walked for the same one looked for the same chunks.
+pub fn placement_mark(servers: &[Server]) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    for server in servers {
+        hasher.update(&server.node.0.to_le_bytes()).update(&server.weight.to_le_bytes());
+        hasher.update(&(server.zone.len() as u64).to_le_bytes()).update(server.zone.as_bytes());
+    }
+    u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("eight of 32 bytes"))
+}
 
 pub struct Repair {
     consensus: Consensus,
@@ -55,8 +65,8 @@ pub struct Progress {
     /// Placed here and not held, as the last walk left it.
     pub missing: AtomicU64,
     pub dropped: AtomicU64,
-    /// Log index at which the last finished walk began.
-    pub seen: AtomicU64,
+    /// The placement of the last finished walk, as [`placement_mark`].
+    pub walked_for: AtomicU64,
 }
 
 impl Repair {
@@ -144,7 +154,7 @@ impl Repair {
         self.progress.walking.store(true, Relaxed);
         self.progress.walked.store(0, Relaxed);
         self.progress.total.store(self.replica.read().chunk_count(), Relaxed);
-        let began = self.replica.read().applied();
+        let mark = placement_mark(self.chunks.placement().servers());
         let mut missing = 0;
         let mut after = None;
         loop {
@@ -164,7 +174,7 @@ impl Repair {
         }
         self.drop_unknown().await;
         self.progress.missing.store(missing, Relaxed);
-        self.progress.seen.store(began.0, Relaxed);
+        self.progress.walked_for.store(mark, Relaxed);
         self.progress.walking.store(false, Relaxed);
         if missing > 0 {
             tracing::warn!(missing, "some chunks that belong here could not be fetched");

@@ -78,7 +78,7 @@ impl Figures {
             store_free: store.free,
             chunks: store.chunks,
             missing: self.repair.get().map_or(0, |repair| repair.missing()),
-            walked: self.repair.get().map_or(0, |repair| repair.progress().seen.load(Relaxed)),
+            walked: self.repair.get().map_or(0, |repair| repair.progress().walked_for.load(Relaxed)),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

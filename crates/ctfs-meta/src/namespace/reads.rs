@@ -130,8 +130,10 @@ impl Namespace {
         Ok(self.inode(dir)?.and_then(|inode| inode.dir).map(|dir| dir.totals))
     }
 
-    pub fn orphans(&self, limit: usize) -> Read<Vec<Ino>> {
-        let (from, to) = keys::under(keys::ORPHAN, &[]);
+    /// Up to `limit` inodes without a name, in order, after `after` ([`Ino`] 0 starts).
+    pub fn orphans(&self, after: Ino, limit: usize) -> Read<Vec<Ino>> {
+        let (_, to) = keys::under(keys::ORPHAN, &[]);
+        let from = keys::orphan(Ino(after.0.saturating_add(1)));
         let mut found = Vec::new();
         self.each(&from, &to, |key, _| {
             if found.len() >= limit {

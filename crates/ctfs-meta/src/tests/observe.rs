@@ -48,7 +48,7 @@ pub const ALL_CELLS: u64 = 1 << 44;
 /// each other: listings with lookups, pages with whole listings, paths with parents.
 pub fn observe(ns: &Namespace) -> Tree {
     let mut tree = Tree::default();
-    tree.orphans.extend(ns.orphans(usize::MAX).unwrap());
+    tree.orphans.extend(ns.orphans(Ino(0), usize::MAX).unwrap());
     let mut queue: Vec<Ino> = vec![Ino::ROOT];
     queue.extend(&tree.orphans);
     while let Some(ino) = queue.pop() {

@@ -190,14 +190,14 @@ fn an_unlinked_file_lives_on_until_it_is_reaped() {
     volume.unlink(ROOT, "a").unwrap();
     assert!(volume.changes.contains(&Change::Orphaned { ino }));
     assert_eq!(volume.attr(ino).nlink, 0);
-    assert_eq!(volume.ns.orphans(10).unwrap(), [ino]);
+    assert_eq!(volume.ns.orphans(Ino(0), 10).unwrap(), [ino]);
     assert_eq!(volume.ns.path(ino).unwrap(), None);
     volume.chmod(ino, 0o600).unwrap();
     volume.ok(Op::Reap { inos: vec![ino] });
     assert!(volume.changes.contains(&Change::Reaped { ino }));
     assert!(!volume.exists(ino));
     assert_eq!(volume.chmod(ino, 0o600), Err(MetaError::NoSuchInode(ino)));
-    assert_eq!(volume.ns.orphans(10).unwrap(), []);
+    assert_eq!(volume.ns.orphans(Ino(0), 10).unwrap(), []);
 }
 
 #[test]
