@@ -28,7 +28,8 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct StorageSettings {
     pub log: LogSettings,
-    /// Pages of the materialised state kept in memory.
+    /// Pages of the materialised state kept in memory. sled takes about twice this; with 64 MiB an
+    /// idle server of 100,000 files took 187 MiB, and the aim is under 150.
     pub cache_bytes: u64,
     /// A state and a snapshot up to this size are read and checked as a whole at start; of larger
     /// ones every record is checked when it is read. A gibibyte takes a few seconds.
@@ -37,7 +38,7 @@ pub struct StorageSettings {
 
 impl Default for StorageSettings {
     fn default() -> Self {
-        Self { log: LogSettings::default(), cache_bytes: 64 << 20, verify_bytes_max: 1 << 30 }
+        Self { log: LogSettings::default(), cache_bytes: 32 << 20, verify_bytes_max: 1 << 30 }
     }
 }
 
