@@ -2,7 +2,7 @@
 
 use std::{fs, process::Command};
 
-use crate::support::{CTFS, Cluster, text};
+use crate::support::{CTFS, Cluster, noise, text, write_synced};
 
 /// Runs `ctfs up` for a server that does not exist yet, in the namespace of server 1.
 fn up(cluster: &Cluster, args: &str) -> (i32, String) {
@@ -82,6 +82,83 @@ fn a_used_token_and_a_foreign_cluster_are_refused() {
     for name in ["one", "lone"] {
         let (_, said) = up(&cluster, &format!("--state {}/{name}/state down", scratch.path().display()));
         assert!(!said.contains("error[E01") || said.contains("E0117"), "{said}");
+    }
+}
+
+#[test]
+fn a_join_that_was_killed_is_finished_by_the_same_command() {
+    let cluster = Cluster::start("join-killed", 1);
+    let own = cluster.json(1, &["status"])["servers"][0]["addresses"][0].as_str().unwrap().to_owned();
+    let host = own.rsplit_once(':').unwrap().0;
+    let scratch = tempfile::tempdir_in("/var/tmp").unwrap();
+    for (n, after) in ["0.03", "0.1", "0.2"].into_iter().enumerate() {
+        let dir = scratch.path().join(n.to_string());
+        fs::create_dir_all(dir.join("mnt")).unwrap();
+        let token = cluster.json(1, &["token"])["token"].as_str().unwrap().to_owned();
+        let join = format!(
+            "up {0}/mnt --state {0}/state --name j{n} --cache-size 64MiB --listen {host}:{1} --join {token}",
+            dir.display(),
+            7600 + n
+        );
+        // In the foreground, so that the daemon itself is killed.
+        up(&cluster, &format!("{join} --foreground & p=$!; sleep {after}; kill -KILL $p; wait $p || true; true"));
+        let (exit, said) = up(&cluster, &join);
+        let status = cluster.json(1, &["status"]);
+        assert_eq!(exit, 0, "killed after {after} s: {said}\n{status}");
+        assert!(status["servers"].to_string().contains(&format!("\"j{n}\"")), "{status}");
+        let removed = cluster.try_ctfs(1, &["node", "remove", &format!("j{n}"), "--yes"]);
+        let (_, down) = up(&cluster, &format!("--state {}/state down", dir.display()));
+        assert!(removed.status.success(), "{}{down}", text(&removed.stderr));
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_loses_nothing() {
+    let image = tempfile::tempdir_in("/var/tmp").unwrap();
+    let disk = image.path().join("disk");
+    let name = "t-full";
+    fs::create_dir(&disk).unwrap();
+    let made = Command::new("bash")
+        .args(["-euc", &format!("truncate -s 700M {0}.img; mkfs.ext4 -q {0}.img; mount -o loop {0}.img {0}", disk.display())])
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let unmount = Unmount(disk.clone());
+    {
+        let cluster = Cluster::start_in("full", 1, "--cache-size 64MiB", "", &disk.join(name));
+        let mnt = cluster.mnt(1);
+        let kept = noise(1, 3_000_000);
+        write_synced(&mnt.join("kept"), &kept).unwrap();
+        let mut written = Vec::new();
+        let error = loop {
+            let n = written.len() as u64;
+            match write_synced(&mnt.join(format!("f{n}")), &noise(100 + n, 8 << 20)) {
+                Ok(()) => written.push(n),
+                Err(error) => break error,
+            }
+            assert!(n < 200, "the disk never fills");
+        };
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+        assert!(written.len() > 5, "{} files", written.len());
+        assert!(fs::read(mnt.join("kept")).unwrap() == kept);
+        for n in &written {
+            assert!(fs::read(mnt.join(format!("f{n}"))).unwrap() == noise(100 + n, 8 << 20), "f{n}");
+        }
+        // Deleting works on a full disk, and so does everything that needs little room.
+        fs::remove_file(mnt.join("f0")).unwrap();
+        fs::create_dir(mnt.join("still-works")).unwrap();
+        fs::write(mnt.join("small"), "small").unwrap();
+    }
+    drop(unmount);
+}
+
+/// Takes a loop mount away, also when the test fails.
+struct Unmount(std::path::PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let done = Command::new("umount").arg("-l").arg(&self.0).status();
+        assert!(done.is_ok_and(|status| status.success()) || std::thread::panicking(), "umount {}", self.0.display());
     }
 }
 

@@ -28,8 +28,12 @@ impl Cluster {
     }
 
     pub fn start_with(test: &str, servers: usize, up_args: &str, zones: &str) -> Self {
-        let name = format!("t-{test}");
-        let dir = PathBuf::from(format!("/var/tmp/ctfs-cluster-{name}"));
+        Self::start_in(test, servers, up_args, zones, Path::new(&format!("/var/tmp/ctfs-cluster-t-{test}")))
+    }
+
+    /// Starts a cluster whose state lies in `dir`.
+    pub fn start_in(test: &str, servers: usize, up_args: &str, zones: &str, dir: &Path) -> Self {
+        let (name, dir) = (format!("t-{test}"), dir.to_owned());
         let script = format!("{REPO}/scripts/cluster");
         let janitor = Command::new("setsid")
             .args(["sh", "-c", &format!("cat >/dev/null; exec {script} down")])

@@ -53,8 +53,12 @@ impl AdminHandler for Answers {
                 let freed = ByteSize(before.clean.saturating_sub(after.clean));
                 Ok(Response::CacheDrop(CacheDropReport { freed, files, kept: ByteSize(after.clean + after.dirty) }))
             }
-            Request::Umount => {
+            Request::Umount { force } => {
                 let path = node.settings.mountpoint.clone();
+                let open = node.vfs.open_handles();
+                if open > 0 && node.is_mounted() && !force {
+                    return Err(Problem::busy(open));
+                }
                 node.unmount().await?;
                 let message = path.map_or("nothing was mounted".to_owned(), |path| format!("unmounted {}", path.display()));
                 Ok(Response::Done(DoneReport { message, notes: Vec::new() }))
@@ -92,6 +96,7 @@ impl Node {
             name: self.settings.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mountpoint: self.settings.mountpoint.clone().filter(|_| self.is_mounted()).map(WirePath::from),
+            authority: blake3::hash(&self.record.identity.ca_certificate).to_hex().to_string(),
         }
     }
 
@@ -119,6 +124,7 @@ impl Node {
             let own = member.node == self.id;
             let figures = if own { Some(self.figures.local()) } else { self.figures.of(member.node).map(|(_, figures)| figures) };
             let state = match (alive, member.state) {
+                _ if own => ServerState::Up,
                 (_, MemberState::Away) => ServerState::Away,
                 (true, MemberState::Active) => ServerState::Up,
                 (false, MemberState::Active) => ServerState::Down,
@@ -265,12 +271,13 @@ impl Node {
             let voting = consensus.voters.len();
             let answering = servers.iter().filter(|s| s.state == ServerState::Up && s.role != ServerRole::Learner).count();
             verdict = Verdict::Unavailable;
-            why.insert(0, format!("no majority of the {voting} voting servers agrees now ({answering} answer): writes wait or fail"));
-            action.insert(0, "bring the unreachable servers back, or wait some seconds for an election".into());
+            why.insert(0, format!("no majority of the {voting} voting servers agrees now ({answering} answer): files can be neither read nor changed"));
+            // Neither waiting for copies nor removing anybody works without a majority.
+            action = vec!["bring the unreachable servers back (ctfs up on each), or wait some seconds for an election".into()];
         }
         let state = match verdict {
             Verdict::Healthy | Verdict::Degraded => "all data readable and writable",
-            Verdict::Unavailable => "writes wait",
+            Verdict::Unavailable => "files cannot be used",
         };
         if verdict == Verdict::Healthy {
             match servers.len() {

@@ -40,8 +40,9 @@ pub struct Membership {
     network: ctfs_net::Network,
     node: NodeId,
     away_after: Duration,
-    /// Members on their way out, so that the care below does not put them back.
-    leaving: Mutex<BTreeSet<NodeId>>,
+    /// Members being removed, so that the care below does not make them active again; `true`
+    /// once their vote is to go.
+    leaving: Mutex<BTreeMap<NodeId, bool>>,
     figures: Arc<Figures>,
     /// Since when this server, as leader, sees each member in its present condition.
     seen: Mutex<BTreeMap<NodeId, (bool, Instant)>>,
@@ -126,7 +127,7 @@ impl Membership {
         self.mark_away(&members).await?;
         let members = self.members()?;
         let leaving = self.leaving.lock().clone();
-        let staying: Vec<Member> = members.into_iter().filter(|m| !leaving.contains(&m.node)).collect();
+        let staying: Vec<Member> = members.into_iter().filter(|m| leaving.get(&m.node) != Some(&true)).collect();
         self.vote(&staying).await
     }
 
@@ -145,8 +146,8 @@ impl Membership {
     async fn mark_away(&self, members: &[Member]) -> Result<(), Problem> {
         let now = Instant::now();
         let leaving = self.leaving.lock().clone();
-        for member in members.iter().filter(|m| m.node != self.node && !leaving.contains(&m.node)) {
-            let alive = matches!(self.services.heard(member.node), Some(Heard::Connected)) || self.network.peer(member.node).connected;
+        for member in members.iter().filter(|m| m.node != self.node && !leaving.contains_key(&m.node)) {
+            let alive = self.is_up(member.node);
             let since = {
                 let mut seen = self.seen.lock();
                 let entry = seen.entry(member.node).or_insert((alive, now));
@@ -205,12 +206,19 @@ impl Membership {
         if members.len() == 1 {
             return Err(Problem::last_server());
         }
-        self.leaving.lock().insert(node);
+        // Without a majority nothing can be removed, and a half-done removal would surprise
+        // whoever brings the server back instead.
+        if !self.consensus.leased() {
+            return Err(Problem::no_majority_to_remove());
+        }
+        let was_up = self.is_up(node);
+        self.leaving.lock().insert(node, false);
         let staying: Vec<Member> = members.into_iter().filter(|m| m.node != node).collect();
         let result = async {
             if !force {
-                self.empty(node, &staying).await?;
+                self.empty(node, &staying, was_up).await?;
             }
+            self.leaving.lock().insert(node, true);
             self.vote(&staying).await?;
             match self.propose(Op::RemoveMember { node }).await {
                 Err(problem) if problem.is(Code::NoSuchServer) => Ok(()),
@@ -222,12 +230,19 @@ impl Membership {
         result
     }
 
+    fn is_up(&self, node: NodeId) -> bool {
+        node == self.node || matches!(self.services.heard(node), Some(Heard::Connected)) || self.network.peer(node).connected
+    }
+
     /// Takes the member out of the placement and waits until the others hold what it held.
-    async fn empty(&self, node: NodeId, staying: &[Member]) -> Result<(), Problem> {
+    async fn empty(&self, node: NodeId, staying: &[Member], was_up: bool) -> Result<(), Problem> {
         self.propose(Op::SetMemberState { node, state: MemberState::Away }).await?;
         let without = placement_mark(placement_of(&self.members()?).servers());
         let deadline = Instant::now() + EMPTY_DEADLINE;
         loop {
+            if !was_up && self.is_up(node) {
+                return Err(Problem::back_again());
+            }
             let mut left = 0;
             let mut walking = Vec::new();
             for member in staying.iter().filter(|m| m.state == MemberState::Active) {

@@ -109,6 +109,8 @@ codes! {
     /// A question could not be asked because nobody sits at the terminal.
     NeedsAnswer = "E0132", USAGE;
     InvalidArgument = "E0133", USAGE;
+    /// Programs have files open in the mount.
+    MountBusy = "E0134", FAILED;
     /// A bug.
     Internal = "E0199", FAILED;
 }
@@ -262,6 +264,16 @@ impl Problem {
             .try_next("bring a majority of the servers back, then try again")
     }
 
+    pub fn no_majority_to_remove() -> Self {
+        Self::new(Code::NoQuorum, "removing a server takes a majority of the voting servers, and they do not answer")
+            .why("nothing was changed")
+            .try_next("bring the servers that are down back: ctfs up on each")
+    }
+
+    pub fn back_again() -> Self {
+        Self::new(Code::WouldLoseData, "the server came back while it was being removed").why("it was not removed").try_next("ctfs status")
+    }
+
     /// `missing` chunks are not on the other servers yet; `walking` have not looked yet.
     pub fn would_lose(missing: u64, walking: &[String]) -> Self {
         let why = match (missing, walking) {
@@ -272,6 +284,13 @@ impl Problem {
             .why(why)
             .try_next("ctfs status    shows how far copying is; then run this again")
             .try_next("if it is lost for ever and so be it: add --force")
+    }
+
+    pub fn busy(open: usize) -> Self {
+        Self::new(Code::MountBusy, format!("{open} open files or directories are in use"))
+            .why("programs that have them open would get errors")
+            .try_next("fuser -vm MOUNTPOINT    shows which")
+            .try_next("ctfs umount --force    cuts them off")
     }
 
     pub fn last_server() -> Self {

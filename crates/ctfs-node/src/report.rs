@@ -94,12 +94,12 @@ impl Figures {
 
     pub async fn run(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
         loop {
+            self.gather().await;
+            self.count_space();
             tokio::select! {
                 () = tokio::time::sleep(GATHER_EVERY) => {}
                 () = stop::requested(&mut stop) => return,
             }
-            self.gather().await;
-            self.count_space();
         }
     }
 
@@ -125,7 +125,9 @@ impl Figures {
             let figures = if member.node == self.node {
                 self.local()
             } else {
-                others.get(&member.node).map(|(_, figures)| figures.clone()).unwrap_or_default()
+                // Nobody said otherwise yet: the room it told the cluster when it started.
+                let unheard = ServerFigures { store_free: member.capacity, ..ServerFigures::default() };
+                others.get(&member.node).map_or(unheard, |(_, figures)| figures.clone())
             };
             used.push(figures.store_used);
             free.push(figures.store_free);

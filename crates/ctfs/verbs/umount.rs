@@ -12,11 +12,15 @@ use crate::{Context, errors::Outcome, mounts, plan::Memory};
 ///
 /// Everything is written out first. `ctfs mount` mounts again.
 #[derive(Debug, Args)]
-pub struct Umount {}
+pub struct Umount {
+    /// Also when programs have files open: they get errors
+    #[arg(long)]
+    force: bool,
+}
 
 impl Umount {
     pub fn run(self, context: &Context) -> Outcome {
-        match AdminClient::call(&context.state, &Request::Umount, super::FLUSH) {
+        match AdminClient::call(&context.state, &Request::Umount { force: self.force }, super::FLUSH) {
             Ok(Response::Done(done)) => super::say_done(context, &done),
             Ok(_) => return Err(super::unexpected()),
             Err(ClientError::NotRunning) => {

@@ -10,12 +10,13 @@ use std::{
 };
 
 use clap::Args;
+use ctfs_net::{JoinToken, TokenError};
 use ctfs_node::{
-    admin::{AdminClient, ClientError, Request, Response, ServerState, StatusReport, WirePath},
+    admin::{AdminClient, ClientError, PingReport, Request, Response, ServerState, StatusReport, WirePath},
     problem::{Code, Problem, exit},
 };
 
-use super::{ask, ask_to, launch};
+use super::{ask_to, launch};
 use crate::{
     Context,
     choices::{self, Choices, Copies, HostPort, Label, Share},
@@ -103,7 +104,11 @@ impl Up {
         let flags = self.choices();
         match AdminClient::call(&context.state, &Request::Ping, Duration::from_secs(10)) {
             Ok(_) if self.foreground => return Err(Problem::state_locked(&context.state)),
-            Ok(_) => return already(context, &flags, self.join.is_some()),
+            Ok(Response::Ping(ping)) => {
+                let token = self.join.is_some().then(|| self.token(Came::Joined)).transpose()?.flatten();
+                return already(context, &flags, ping, token.as_deref());
+            }
+            Ok(_) => return Err(super::unexpected()),
             Err(ClientError::NotRunning) => {}
             Err(error) => return Err(error.into_problem(&context.state)),
         }
@@ -213,7 +218,16 @@ fn prepare(plan: &Plan, context: &Context) -> Result<(), Problem> {
 }
 
 /// `up` while the daemon runs: nothing to do, unless something else is asked of it.
-fn already(context: &Context, flags: &Choices, token: bool) -> Outcome {
+fn already(context: &Context, flags: &Choices, ping: PingReport, token: Option<&str>) -> Outcome {
+    if let Some(token) = token {
+        let token: JoinToken = token.parse().map_err(|error: TokenError| Problem::token_mistyped(&error.to_string()))?;
+        let pinned: String = token.ca_hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        if !ping.authority.is_empty() && ping.authority != pinned {
+            let cluster = status(context).map(|status| status.cluster_name).unwrap_or_default();
+            return Err(Problem::foreign_cluster(&context.state, &cluster));
+        }
+    }
+
     let memory = Memory::load(&context.state)?;
     let effective = memory.map(|memory| memory.effective).unwrap_or_default();
     let differing = differences(flags, &effective);
@@ -223,7 +237,6 @@ fn already(context: &Context, flags: &Choices, token: bool) -> Outcome {
             .try_next("leave the option out, or to change it: ctfs down, then this ctfs up again"));
     }
     let mut text = String::new();
-    let Response::Ping(ping) = ask(context, &Request::Ping, super::LOOK)? else { return Err(super::unexpected()) };
     if ping.mountpoint.is_none() && effective.mountpoint.is_some() {
         text += &format!("  {}\n", ask_to(context, &Request::Mount { path: None }, super::CHANGE)?.message);
     } else {
@@ -231,7 +244,7 @@ fn already(context: &Context, flags: &Choices, token: bool) -> Outcome {
         let cluster = status(context).map(|status| format!(" in cluster {}", status.cluster_name)).unwrap_or_default();
         text += &format!("  already up {place}{cluster}\n");
     }
-    if token {
+    if token.is_some() {
         text += "  note  it is a member already: the token was not used.\n";
     }
     text += &format!("  next  {}\n", spelled("ctfs status", &context.state));

@@ -16,6 +16,9 @@ pub struct PingReport {
     pub version: String,
     /// Where it is mounted now.
     pub mountpoint: Option<WirePath>,
+    /// BLAKE3 of the cluster's certificate authority, hexadecimal: what a join token pins.
+    #[serde(default)]
+    pub authority: String,
 }
 
 /// Something was done.

@@ -49,7 +49,11 @@ pub enum Request {
     },
     CacheDrop,
     /// Unmounts; the daemon goes on serving its peers.
-    Umount,
+    Umount {
+        /// Also when programs have files open.
+        #[serde(default)]
+        force: bool,
+    },
     /// Mounts again where the daemon was told to mount at its start, or at `path`.
     Mount {
         path: Option<WirePath>,
