@@ -335,8 +335,6 @@ impl Node {
         let mount = Arc::new(mount);
         let notifier = mount.notifier();
         self.spawn(self.events.clone().follow(notifier.invalidated()));
-        // What was applied since the mount began may be in the kernel already.
-        notifier.forget_everything();
         self.events.tell_kernel(Some(notifier));
         *slot = Some(mount.clone());
         drop(slot);
