@@ -2,7 +2,6 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -71,7 +70,6 @@ pub struct Node {
     mount: Mutex<Option<Arc<Mount>>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
     stop: watch::Sender<bool>,
-    stopped: watch::Sender<bool>,
     /// Why this server can no longer take part, once it knows.
     pub(crate) ended: Mutex<Option<Problem>>,
 }
@@ -189,7 +187,6 @@ impl Node {
             mount: Mutex::new(None),
             tasks: Mutex::default(),
             stop: watch::Sender::new(false),
-            stopped: watch::Sender::new(false),
             ended: Mutex::new(None),
         });
         node.follow_members();
@@ -400,7 +397,6 @@ impl Node {
         }
         self.consensus.shutdown().await;
         self.network.close().await;
-        self.stopped.send_replace(true);
     }
 
     /// Resolves when [`Self::shutdown`] was asked for by the admin socket.
@@ -413,11 +409,6 @@ impl Node {
     /// Asks whoever runs this node to shut it down.
     pub fn request_stop(&self) {
         self.stop.send_replace(true);
-    }
-
-    pub async fn wait_stopped(&self) {
-        let mut stopped = self.stopped.subscribe();
-        stop::requested(&mut stopped).await;
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -709,11 +700,4 @@ fn advertised(settings: &NodeSettings, network: &Network, known: &[String]) -> V
         }
     }
     addresses
-}
-
-/// A path of the state directory, for reports.
-impl Node {
-    pub fn state_path(&self) -> PathBuf {
-        self.state.path().to_owned()
-    }
 }
