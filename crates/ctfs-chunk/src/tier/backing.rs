@@ -14,14 +14,18 @@ use super::Core;
 /// removing a file costs more than these bytes; at four pages, most files of a source tree fit.
 pub(super) const MEMORY_FILE_BYTES_MAX: u64 = 16 << 10;
 
+/// Holes are made of whole pages; the last one reaches past the end of the file.
+const PAGE: u64 = 4096;
+
 #[derive(Debug, Default)]
 pub(super) enum Backing {
     #[default]
     Nothing,
     /// Bytes from offset 0; beyond them zeros.
     Memory(Vec<u8>),
-    /// The cache file, at natural offsets.
-    File,
+    /// The cache file, at natural offsets. Its last byte written lies before `len`, so a shorter
+    /// file is one that somebody cut.
+    File { len: u64 },
 }
 
 impl Backing {
@@ -45,16 +49,48 @@ impl Backing {
             }
             let file = core.files.get(ino, true)?;
             write_all(&file, bytes, 0)?;
-            core.sub_memory(bytes.len() as u64);
-            *self = Self::File;
+            let len = bytes.len() as u64;
+            core.sub_memory(len);
+            *self = Self::File { len };
         }
-        let fresh = matches!(self, Self::Nothing);
-        let file = core.files.get(ino, fresh)?;
-        *self = Self::File;
-        write_all(&file, data, offset)
+        let before = match self {
+            Self::File { len } => Some(*len),
+            _ => None,
+        };
+        let file = core.files.get(ino, before.is_none())?;
+        let before = before.unwrap_or(0);
+        *self = Self::File { len: before };
+        write_all(&file, data, offset)?;
+        *self = Self::File { len: before.max(end) };
+        Ok(())
     }
 
-    /// Fills `out` from `offset`; what was never written reads as zeros.
+    /// Whether bytes that end at `end` would be in memory once written.
+    pub(super) fn stays_in_memory(&self, core: &Core, end: u64) -> bool {
+        !matches!(self, Self::File { .. }) && end <= MEMORY_FILE_BYTES_MAX && core.memory_has_room()
+    }
+
+    /// How much of the file is left, if it is shorter than what was written: somebody removed it
+    /// or cut it off.
+    pub(super) fn cut(&self, core: &Core, ino: Ino) -> Option<u64> {
+        let Self::File { len } = self else { return None };
+        match core.files.get(ino, false).and_then(|file| fs::fstat(&*file)) {
+            Ok(stat) => u64::try_from(stat.st_size).ok().filter(|size| size < len),
+            Err(Errno::NOENT | Errno::NOTDIR) => Some(0),
+            // Not known: whoever reads or writes will see.
+            Err(_) => None,
+        }
+    }
+
+    /// From here on only the first `left` bytes are believed to be there.
+    pub(super) fn shorten(&mut self, left: u64) {
+        if let Self::File { len } = self {
+            *len = left.min(*len);
+        }
+    }
+
+    /// Fills `out` from `offset`, with bytes that were written. An end of the file before them is an
+    /// error: the file was cut.
     pub(super) fn read(&self, core: &Core, ino: Ino, offset: u64, out: &mut [u8]) -> Result<(), Errno> {
         match self {
             Self::Nothing => out.fill(0),
@@ -64,15 +100,12 @@ impl Backing {
                 out[..part.len()].copy_from_slice(part);
                 out[part.len()..].fill(0);
             }
-            Self::File => {
+            Self::File { .. } => {
                 let file = core.files.get(ino, false)?;
                 let mut at = 0;
                 while at < out.len() {
                     match rustix::io::pread(&*file, &mut out[at..], offset + at as u64) {
-                        Ok(0) => {
-                            out[at..].fill(0);
-                            break;
-                        }
+                        Ok(0) => return Err(Errno::NODATA),
                         Ok(n) => at += n,
                         Err(Errno::INTR) => {}
                         Err(errno) => return Err(errno),
@@ -95,13 +128,18 @@ impl Backing {
                 }
                 Ok(())
             }
-            Self::File => {
+            // Past what was written there is nothing, perhaps not even an offset that the file
+            // system knows.
+            Self::File { len } if range.start >= *len => Ok(()),
+            Self::File { len } => {
                 let file = core.files.get(ino, false)?;
                 if range.end == u64::MAX {
+                    *len = range.start;
                     return fs::ftruncate(&*file, range.start);
                 }
                 let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                fs::fallocate(&*file, mode, range.start, range.end - range.start)
+                let end = range.end.min(len.next_multiple_of(PAGE));
+                fs::fallocate(&*file, mode, range.start, end - range.start)
             }
         }
     }
@@ -114,7 +152,7 @@ impl Backing {
                 core.sub_memory(bytes.len() as u64);
                 Ok(())
             }
-            Self::File => core.files.remove(ino),
+            Self::File { .. } => core.files.remove(ino),
         }
     }
 }

@@ -7,18 +7,25 @@
 //! Unflushed bytes are a set of ranges: `dirty` ones wait for a flush, `flushing` ones are being
 //! flushed. Both are read in front of whatever extent the metadata name. Bytes of the cell that
 //! are in neither set mean something only through the tag: they are the tagged content.
+//!
+//! The cache directory is not ours alone: somebody may remove or cut a file in it. Clean bytes are
+//! forgotten then and fetched again; unflushed ones are `lost`, and reading them is an error until
+//! their loss was told ([`Entry::take_lost`]) or they were written again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     ops::Range,
-    sync::{Arc, Weak, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use ctfs_types::{CellIndex, CellSize, ChunkId, Ino};
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use rustix::io::Errno;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::{Core, RangeSet, TierError, backing::Backing, policy::Hits};
 
@@ -100,6 +107,10 @@ pub struct Entry {
     /// For the eviction queues.
     itself: Weak<Entry>,
     state: RwLock<State>,
+    /// Cells whose bytes could not be read, and whether there are any: looked at before the next
+    /// use.
+    unreadable: Mutex<BTreeSet<CellIndex>>,
+    doubtful: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -108,6 +119,8 @@ struct State {
     slots: BTreeMap<CellIndex, Slot>,
     dirty: RangeSet,
     flushing: RangeSet,
+    /// Unflushed bytes that are gone, and nobody was told yet.
+    lost: RangeSet,
     dead: bool,
 }
 
@@ -119,7 +132,15 @@ impl fmt::Debug for Entry {
 
 impl Entry {
     pub(super) fn new(ino: Ino, cell: CellSize, core: Arc<Core>) -> Arc<Self> {
-        Arc::new_cyclic(|itself| Self { ino, cell, core, itself: itself.clone(), state: RwLock::default() })
+        Arc::new_cyclic(|itself| Self {
+            ino,
+            cell,
+            core,
+            itself: itself.clone(),
+            state: RwLock::default(),
+            unreadable: Mutex::default(),
+            doubtful: AtomicBool::new(false),
+        })
     }
 
     pub fn ino(&self) -> Ino {
@@ -136,19 +157,22 @@ impl Entry {
     /// (see [`Self::settle`]) only after the metadata name them, so each written byte is found in
     /// the one place or the other.
     pub fn view(&self) -> View<'_> {
+        self.resolve_doubts();
         View { entry: self, state: self.state.read() }
     }
 
     /// Writes bytes at `offset` and remembers them as dirty.
     ///
     /// # Errors
-    /// [`TierError::Full`] when they do not fit and nothing may be evicted for them.
+    /// [`TierError::Full`] when they do not fit and nothing may be evicted for them;
+    /// [`TierError::TooBig`].
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), TierError> {
         if data.is_empty() {
             return Ok(());
         }
         let len = data.len() as u64;
-        let _room = self.core.reserve(len).ok_or(TierError::Full)?;
+        let in_memory = self.state.read().backing.stays_in_memory(&self.core, offset.saturating_add(len));
+        let _room = self.core.reserve(len, in_memory).ok_or(TierError::Full)?;
         match self.try_write(offset, data) {
             Err(TierError::Full) => {
                 self.core.evict(len.saturating_mul(super::EVICT_FACTOR));
@@ -164,6 +188,7 @@ impl Entry {
         if state.dead {
             return Err(TierError::Gone);
         }
+        self.examine(&mut state);
         let State { backing, .. } = &mut *state;
         let written = backing.write(&self.core, self.ino, offset, data);
         for cell in self.cells_of(range.clone()) {
@@ -177,6 +202,7 @@ impl Entry {
             self.tidy(&mut state);
             return Err(io_error("write cache file", errno));
         }
+        state.lost.remove(range.clone());
         let added = state.dirty.insert(range);
         self.core.dirty.fetch_add(added, Relaxed);
         Ok(())
@@ -191,11 +217,14 @@ impl Entry {
         if bytes.len() < tag.len as usize || tag.range().end > self.cell.bytes() {
             return Err(TierError::Io { what: "fill a cell with fewer bytes than its extent", errno: Errno::INVAL });
         }
-        let _room = self.core.reserve(u64::from(tag.len)).ok_or(TierError::Full)?;
+        let end = self.cell.start_of(cell) + tag.range().end;
+        let in_memory = self.state.read().backing.stays_in_memory(&self.core, end);
+        let _room = self.core.reserve(u64::from(tag.len), in_memory).ok_or(TierError::Full)?;
         let mut state = self.state.write();
         if state.dead {
             return Err(TierError::Gone);
         }
+        self.examine(&mut state);
         if state.slots.get(&cell).and_then(Slot::tag).is_some_and(|have| have.covers(&tag)) {
             return Ok(());
         }
@@ -216,6 +245,7 @@ impl Entry {
 
     /// Whether the content of `tag` can be read from here.
     pub fn holds(&self, cell: CellIndex, tag: &Tag) -> bool {
+        self.resolve_doubts();
         self.state.read().slots.get(&cell).and_then(Slot::tag).is_some_and(|have| have.covers(tag))
     }
 
@@ -247,15 +277,20 @@ impl Entry {
     /// written, so that the cell stays resident; where that fails it is merely not resident.
     pub fn settle(&self, cell: CellIndex, committed: Option<(Tag, &[u8])>, base: Option<Tag>) {
         // Whether there is room for the parts that are not here yet.
-        let room = committed.and_then(|(tag, _)| self.core.reserve(u64::from(tag.len)));
+        let room = committed.and_then(|(tag, _)| self.core.reserve(u64::from(tag.len), false));
         let mut state = self.state.write();
         if state.dead {
             return;
         }
         let start = self.cell.start_of(cell);
-        let mut known = RangeSet::new();
-        for range in state.flushing.inside(self.range_of(cell)) {
-            known.insert(range);
+        let flushed: Vec<_> = state.flushing.inside(self.range_of(cell)).collect();
+        let removed = state.flushing.remove(self.range_of(cell));
+        self.core.dirty.fetch_sub(removed, Relaxed);
+        let mut known: RangeSet = flushed.into_iter().collect();
+        // What was flushed is safe; of the rest some may be gone.
+        if let Some(left) = state.backing.cut(&self.core, self.ino) {
+            self.forget_from(&mut state, left);
+            known.remove(left..u64::MAX);
         }
         let had = state.slots.get(&cell).and_then(Slot::tag);
         if let (Some(had), Some(base)) = (had, base)
@@ -277,10 +312,23 @@ impl Entry {
             });
             tag = (keep && written.is_ok()).then_some(new);
         }
-        let removed = state.flushing.remove(self.range_of(cell));
-        self.core.dirty.fetch_sub(removed, Relaxed);
         self.set_tag(&mut state, cell, tag);
+        if tag.is_none() && !state.slots.is_empty() {
+            // The file stays; the bytes that mean nothing any more give their room back.
+            for gap in state.gaps(self.range_of(cell)) {
+                let punched = state.backing.punch(&self.core, self.ino, gap);
+                self.warn_punch(punched);
+            }
+        }
         self.tidy(&mut state);
+    }
+
+    /// The unflushed bytes that are gone since the last call, because somebody removed or cut the
+    /// cache file: how many. From here on the file reads without them.
+    pub fn take_lost(&self) -> u64 {
+        let mut state = self.state.write();
+        self.examine(&mut state);
+        std::mem::take(&mut state.lost).len()
     }
 
     /// Forgets unflushed and cached bytes in `range`, because the metadata no longer have them.
@@ -289,6 +337,8 @@ impl Entry {
             return;
         }
         let mut state = self.state.write();
+        self.examine(&mut state);
+        state.lost.remove(range.clone());
         let touched: Vec<CellIndex> = state
             .slots
             .range(self.cell.cell_of(range.start)..=self.cell.cell_of(range.end.saturating_sub(1)))
@@ -354,7 +404,8 @@ impl Entry {
 
     /// Whether nothing is cached or unflushed.
     pub(super) fn is_empty(&self) -> bool {
-        self.state.read().slots.is_empty()
+        let state = self.state.read();
+        state.slots.is_empty() && state.lost.is_empty()
     }
 
     /// Evicts one cell if it is clean; answers the bytes that went.
@@ -379,7 +430,7 @@ impl Entry {
         state.dead = true;
         let cells: Vec<_> = state.slots.keys().copied().collect();
         let dropped = state.dirty.len() + state.flushing.len();
-        (state.dirty, state.flushing) = (RangeSet::new(), RangeSet::new());
+        (state.dirty, state.flushing, state.lost) = (RangeSet::new(), RangeSet::new(), RangeSet::new());
         self.core.dirty.fetch_sub(dropped, Relaxed);
         for cell in cells {
             self.set_tag(&mut state, cell, None);
@@ -400,6 +451,60 @@ impl Entry {
             return 0..0;
         }
         self.cell.cell_of(range.start)..self.cell.cell_of(range.end - 1) + 1
+    }
+
+    /// Notes that the cell's bytes could not be read.
+    fn doubt(&self, cell: CellIndex) {
+        self.unreadable.lock().insert(cell);
+        self.doubtful.store(true, Relaxed);
+    }
+
+    fn resolve_doubts(&self) {
+        if self.doubtful.load(Relaxed) {
+            self.examine(&mut self.state.write());
+        }
+    }
+
+    /// Forgets what the cache file no longer has, and the clean bytes that could not be read.
+    fn examine(&self, state: &mut State) {
+        if let Some(left) = state.backing.cut(&self.core, self.ino) {
+            self.forget_from(state, left);
+        }
+        if self.doubtful.swap(false, Relaxed) {
+            for cell in std::mem::take(&mut *self.unreadable.lock()) {
+                self.spoil(state, cell);
+            }
+            self.tidy(state);
+        }
+    }
+
+    /// The cache file has only its first `left` bytes.
+    fn forget_from(&self, state: &mut State, left: u64) {
+        let State { dirty, flushing, lost, backing, slots, .. } = &mut *state;
+        let mut unflushed = 0;
+        for set in [dirty, flushing] {
+            set.inside(left..u64::MAX).for_each(|range| {
+                lost.insert(range);
+            });
+            unflushed += set.remove(left..u64::MAX);
+        }
+        self.core.dirty.fetch_sub(unflushed, Relaxed);
+        backing.shorten(left);
+        let cells: Vec<CellIndex> = slots.range(self.cell.cell_of(left)..).map(|(&cell, _)| cell).collect();
+        if unflushed > 0 {
+            error!(ino = %self.ino, left, bytes = unflushed, "a cache file was cut or removed: unflushed bytes are lost");
+        } else {
+            warn!(ino = %self.ino, left, "a cache file was cut or removed");
+        }
+        for cell in cells {
+            let whole = |tag: &Tag| self.cell.start_of(cell) + tag.range().end <= left;
+            let tag = state.slots.get(&cell).and_then(Slot::tag).filter(whole);
+            self.set_tag(state, cell, tag);
+        }
+        self.tidy(state);
+        if left == 0 && let Err(errno) = state.backing.clear(&self.core, self.ino) {
+            warn!(ino = %self.ino, %errno, "cache file not removed");
+        }
     }
 
     /// A cell is about to hold dirty bytes: it leaves the reach of eviction.
@@ -497,8 +602,8 @@ impl View<'_> {
     /// over those of `base`.
     ///
     /// # Errors
-    /// [`TierError::Io`] when unflushed bytes cannot be read. A clean cell that cannot be read is
-    /// [`Found::Missing`].
+    /// [`TierError::Io`] when unflushed bytes cannot be read, [`TierError::Lost`] when they are gone.
+    /// A clean cell that cannot be read is [`Found::Missing`].
     pub fn read(
         &self,
         cell: CellIndex,
@@ -512,6 +617,9 @@ impl View<'_> {
         let start = entry.cell.start_of(cell);
         let asked = start + within.start..start + within.end;
         let at = |offset: u64| (offset - asked.start) as usize;
+        if state.lost.overlaps(asked.clone()) {
+            return Err(TierError::Lost);
+        }
         match base {
             Base::Hole => out.fill(0),
             Base::Bytes { start: from, bytes } => {
@@ -535,6 +643,7 @@ impl View<'_> {
                     // One call for clean and unflushed bytes alike: they lie side by side.
                     if let Err(errno) = state.backing.read(core, ino, part.start, &mut out[at(part.start)..at(part.end)]) {
                         warn!(%ino, cell, %errno, "cannot read cached bytes, fetching them again");
+                        entry.doubt(cell);
                         return Ok(Found::Missing);
                     }
                     core.hits.fetch_add(1, Relaxed);
@@ -552,10 +661,11 @@ impl View<'_> {
             }
         }
         for part in state.unflushed(asked.clone()).iter() {
-            state
-                .backing
-                .read(core, ino, part.start, &mut out[at(part.start)..at(part.end)])
-                .map_err(|errno| io_error("read unflushed bytes", errno))?;
+            let read = state.backing.read(core, ino, part.start, &mut out[at(part.start)..at(part.end)]);
+            read.map_err(|errno| {
+                entry.doubt(cell);
+                io_error("read unflushed bytes", errno)
+            })?;
         }
         Ok(Found::All)
     }
@@ -585,9 +695,10 @@ impl View<'_> {
     }
 }
 
-fn io_error(what: &'static str, errno: Errno) -> TierError {
+pub(super) fn io_error(what: &'static str, errno: Errno) -> TierError {
     match errno {
         Errno::NOSPC | Errno::DQUOT => TierError::Full,
+        Errno::FBIG => TierError::TooBig,
         errno => TierError::Io { what, errno },
     }
 }

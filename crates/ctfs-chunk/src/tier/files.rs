@@ -1,29 +1,32 @@
 //! The cache directory: one sparse file per inode, opened on demand.
 //!
 //! Everything is reached through one descriptor of the directory with `openat2`, without symbolic
-//! links, so nothing placed in the directory can lead a write elsewhere.
+//! links, so nothing placed in the directory can lead a write elsewhere. Where the directory was
+//! removed under the daemon it is made again.
 
 use std::{
     collections::HashMap,
     ffi::CString,
     io,
     os::fd::OwnedFd,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use ctfs_types::Ino;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::{
     fs::{self, AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, ResolveFlags},
     io::Errno,
 };
+use tracing::warn;
 
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
 
 /// The directory and its open files.
 pub(super) struct Files {
-    root: OwnedFd,
+    dir: PathBuf,
+    root: RwLock<Arc<OwnedFd>>,
     open: Mutex<OpenFiles>,
     open_max: usize,
 }
@@ -42,15 +45,17 @@ impl Files {
     /// Only directories with names of our making are removed: a wrong path in the configuration
     /// must not cost anybody their files.
     pub(super) fn open(dir: &Path, open_max: usize) -> io::Result<Self> {
-        match fs::mkdir(dir, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let root = fs::open(dir, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty())?;
-        fs::fchmod(&root, Mode::RWXU)?;
-        fs::flock(&root, FlockOperation::NonBlockingLockExclusive)?;
+        let root = make_root(dir)?;
         wipe(&root, 0)?;
-        Ok(Self { root, open: Mutex::default(), open_max: open_max.max(1) })
+        let root = RwLock::new(Arc::new(root));
+        Ok(Self { dir: dir.to_owned(), root, open: Mutex::default(), open_max: open_max.max(1) })
+    }
+
+    /// Bytes an unprivileged program may still write to the file system.
+    pub(super) fn free(&self) -> Result<u64, Errno> {
+        let root = self.root.read().clone();
+        let stat = fs::fstatvfs(&*root)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     /// The file of `ino`; with `fresh`, made new and empty whatever was there.
@@ -76,8 +81,9 @@ impl Files {
 
     pub(super) fn remove(&self, ino: Ino) -> Result<(), Errno> {
         self.open.lock().files.remove(&ino);
-        match fs::unlinkat(&self.root, path_of(ino), AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
+        let root = self.root.read().clone();
+        match fs::unlinkat(&*root, path_of(ino), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
             Err(errno) => Err(errno),
         }
     }
@@ -88,24 +94,72 @@ impl Files {
     }
 
     fn open_file(&self, ino: Ino, fresh: bool) -> Result<OwnedFd, Errno> {
-        let path = path_of(ino);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let root = self.root.read().clone();
         if !fresh {
-            return fs::openat2(&self.root, &path, flags, Mode::empty(), BENEATH);
+            return fs::openat2(&*root, path_of(ino), FILE_FLAGS, Mode::empty(), BENEATH);
         }
-        let flags = flags | OFlags::CREATE | OFlags::TRUNC;
-        match fs::openat2(&self.root, &path, flags, Mode::RUSR | Mode::WUSR, BENEATH) {
-            Err(Errno::NOENT) => {
-                for dir in parents_of(ino) {
-                    match fs::mkdirat(&self.root, dir, Mode::RWXU) {
-                        Ok(()) | Err(Errno::EXIST) => {}
-                        Err(errno) => return Err(errno),
-                    }
+        match make_file(&root, ino) {
+            Err(Errno::NOENT) => make_file(&*self.renew_root(&root)?, ino),
+            made => made,
+        }
+    }
+
+    /// Makes the directory again, after somebody removed it.
+    fn renew_root(&self, old: &Arc<OwnedFd>) -> Result<Arc<OwnedFd>, Errno> {
+        let mut root = self.root.write();
+        if Arc::ptr_eq(&root, old) {
+            *root = Arc::new(make_root(&self.dir)?);
+            warn!(dir = %self.dir.display(), "the cache directory was removed; it was made again");
+        }
+        Ok(root.clone())
+    }
+}
+
+const FILE_FLAGS: OFlags = OFlags::RDWR.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
+const DIR_FLAGS: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
+
+/// Opens and locks the directory, making it if it is not there.
+fn make_root(dir: &Path) -> Result<OwnedFd, Errno> {
+    match fs::mkdir(dir, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(errno),
+    }
+    let root = fs::open(dir, DIR_FLAGS, Mode::empty())?;
+    fs::fchmod(&root, Mode::RWXU)?;
+    fs::flock(&root, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(root)
+}
+
+/// Makes the file of `ino` new and empty.
+fn make_file(root: &OwnedFd, ino: Ino) -> Result<OwnedFd, Errno> {
+    let path = path_of(ino);
+    let flags = FILE_FLAGS | OFlags::CREATE | OFlags::TRUNC;
+    let make = || fs::openat2(root, &path, flags, Mode::RUSR | Mode::WUSR, BENEATH);
+    match make() {
+        Err(Errno::NOENT) => {
+            for dir in parents_of(ino) {
+                match fs::mkdirat(root, dir, Mode::RWXU) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(errno) => return Err(errno),
                 }
-                fs::openat2(&self.root, &path, flags, Mode::RUSR | Mode::WUSR, BENEATH)
             }
-            other => other,
+            make()
         }
+        other => other,
+    }
+}
+
+/// Wipes the directory unless a daemon has it locked.
+pub(super) fn wipe_unused(dir: &Path) -> io::Result<()> {
+    let root = match fs::open(dir, DIR_FLAGS, Mode::empty()) {
+        Ok(root) => root,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    };
+    match fs::flock(&root, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(wipe(&root, 0)?),
+        Err(Errno::WOULDBLOCK) => Ok(()),
+        Err(errno) => Err(errno.into()),
     }
 }
 
@@ -148,8 +202,7 @@ fn wipe(dir: &OwnedFd, depth: u8) -> Result<(), Errno> {
         }
         match (depth, kind) {
             (0 | 1, FileType::Directory) if name.as_bytes().len() == 2 => {
-                let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-                let below = fs::openat2(dir, &name, flags, Mode::empty(), BENEATH)?;
+                let below = fs::openat2(dir, &name, DIR_FLAGS, Mode::empty(), BENEATH)?;
                 wipe(&below, depth + 1)?;
                 match fs::unlinkat(dir, &name, AtFlags::REMOVEDIR) {
                     Ok(()) | Err(Errno::NOTEMPTY | Errno::EXIST) => {}
@@ -180,6 +233,33 @@ mod tests {
         for kept in ["ab/README", "precious.txt", "home/ab"] {
             assert!(dir.path().join(kept).exists(), "{kept}");
         }
+    }
+
+    #[test]
+    fn a_directory_in_use_is_not_wiped_and_one_that_is_missing_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cache");
+        wipe_unused(&cache).unwrap();
+        assert!(!cache.exists());
+        let files = Files::open(&cache, 4).unwrap();
+        files.get(Ino(1), true).unwrap();
+        wipe_unused(&cache).unwrap();
+        assert!(cache.join("01/00/1").exists());
+        drop(files);
+        wipe_unused(&cache).unwrap();
+        assert!(cache.exists() && !cache.join("01").exists());
+    }
+
+    #[test]
+    fn a_removed_directory_is_made_again_and_locked() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cache");
+        let files = Files::open(&cache, 4).unwrap();
+        files.get(Ino(1), true).unwrap();
+        std::fs::remove_dir_all(&cache).unwrap();
+        files.get(Ino(2), true).unwrap();
+        assert!(cache.join("02/00/2").exists());
+        assert!(Files::open(&cache, 4).is_err(), "the new directory is locked too");
     }
 
     #[test]

@@ -15,20 +15,22 @@
 //! The whole directory may vanish at any start: unflushed bytes were never promised to survive
 //! that, and the rest is named by extents. So it is wiped when the tier opens.
 //!
-//! Reading order: [`ranges`], [`entry`], [`policy`] (who goes first), [`files`].
+//! Reading order: [`ranges`], [`entry`], [`policy`] (who goes first), [`room`] (what the disk still
+//! has), [`files`].
 
 mod backing;
 pub mod entry;
 mod files;
 mod policy;
 pub mod ranges;
+mod room;
 #[cfg(test)]
 mod tests;
 
 use std::{
     collections::{HashMap, HashSet},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -41,9 +43,11 @@ use rustix::io::Errno;
 
 pub use entry::{Base, Entry, Found, Residency, Tag, View};
 pub use ranges::RangeSet;
+pub use room::FreeBytes;
 
 use files::Files;
 use policy::S3Fifo;
+use room::Room;
 
 /// Eviction starts when this share of the limit (percent) is taken...
 const HIGH_PERCENT: u64 = 95;
@@ -59,6 +63,8 @@ pub struct TierSettings {
     pub dir: PathBuf,
     /// Most bytes the tier may hold, clean and unflushed together.
     pub limit: u64,
+    /// Bytes of the file system that the tier leaves free: the log may be on the same disk.
+    pub reserve_bytes: u64,
     /// Most bytes of tiny files kept in memory.
     pub memory_bytes_max: u64,
     /// Cache files open at a time.
@@ -70,7 +76,14 @@ pub struct TierSettings {
 impl TierSettings {
     /// The defaults around a directory and a limit.
     pub fn new(dir: PathBuf, limit: u64) -> Self {
-        Self { dir, limit, memory_bytes_max: 64 << 20, open_files_max: 1024, cells_max: 1 << 20 }
+        Self {
+            dir,
+            limit,
+            reserve_bytes: room::RESERVE_BYTES,
+            memory_bytes_max: 64 << 20,
+            open_files_max: 1024,
+            cells_max: 1 << 20,
+        }
     }
 }
 
@@ -80,6 +93,12 @@ pub enum TierError {
     /// The limit or the disk is full, and nothing may be evicted.
     #[error("the cache tier is full")]
     Full,
+    /// Past the largest file of the file system that the tier is on.
+    #[error("past the largest file of the cache's file system")]
+    TooBig,
+    /// Unflushed bytes are gone: somebody cut or removed the cache file. See [`Entry::take_lost`].
+    #[error("unflushed bytes are gone from the cache directory")]
+    Lost,
     /// The inode is gone.
     #[error("the inode is gone")]
     Gone,
@@ -96,6 +115,8 @@ pub struct TierUsage {
     pub clean: u64,
     /// Unflushed bytes.
     pub dirty: u64,
+    /// Bytes that the disk has above the reserve, with what may be evicted.
+    pub room: u64,
     /// Bytes of tiny files in memory; counted in `clean` and `dirty` too.
     pub memory: u64,
     /// Evictable cells.
@@ -131,6 +152,7 @@ type Key = (Ino, CellIndex);
 pub(crate) struct Core {
     settings: TierSettings,
     files: Files,
+    room: Room,
     /// Lock order: an entry's state, then `policy`. The other way round only `try_` locks.
     policy: Mutex<S3Fifo<Key, Arc<Entry>>>,
     entries: Mutex<HashMap<Ino, Arc<Entry>>>,
@@ -162,10 +184,32 @@ impl CacheTier {
     /// # Errors
     /// The directory cannot be made, is used by another daemon, or cannot be wiped.
     pub fn open(settings: TierSettings) -> io::Result<Self> {
+        Self::open_in(settings, Room::default())
+    }
+
+    /// [`Self::open`], with the free bytes of the disk as `free` says them.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(settings: TierSettings, free: Box<FreeBytes>) -> io::Result<Self> {
+        Self::open_in(settings, Room::said_by(free))
+    }
+
+    /// Removes what an earlier life left in `dir`, if it is there and no daemon uses it: on a full
+    /// disk this comes before anything that must write.
+    ///
+    /// # Errors
+    /// The directory cannot be read or wiped.
+    pub fn wipe(dir: &Path) -> io::Result<()> {
+        files::wipe_unused(dir)
+    }
+
+    fn open_in(settings: TierSettings, room: Room) -> io::Result<Self> {
         let files = Files::open(&settings.dir, settings.open_files_max)?;
         let core = Core {
             settings,
             files,
+            room,
             policy: Mutex::new(S3Fifo::new()),
             entries: Mutex::default(),
             pinned: Mutex::default(),
@@ -232,6 +276,12 @@ impl CacheTier {
         self.peek(ino).map_or_else(Vec::new, |entry| entry.resident())
     }
 
+    /// Evicts what the disk's reserve asks for. `false`: the disk is short of room all the same,
+    /// until something is flushed or somebody else makes room. Blocks on the disk.
+    pub fn keep_reserve(&self) -> bool {
+        self.core().keep_reserve()
+    }
+
     pub fn dirty_bytes(&self) -> u64 {
         self.core().dirty.load(Relaxed)
     }
@@ -242,11 +292,14 @@ impl CacheTier {
 
     pub fn usage(&self) -> TierUsage {
         let core = self.core();
+        let (clean, memory) = (core.clean.load(Relaxed), core.memory.load(Relaxed));
+        let evictable = clean.saturating_sub(memory);
         TierUsage {
             limit: core.settings.limit,
-            clean: core.clean.load(Relaxed),
+            clean,
             dirty: core.dirty.load(Relaxed),
-            memory: core.memory.load(Relaxed),
+            room: core.disk_free().saturating_add(evictable).saturating_sub(core.settings.reserve_bytes),
+            memory,
             cells: core.policy.lock().len() as u64,
             hits: core.hits.load(Relaxed),
             misses: core.misses.load(Relaxed),
@@ -261,9 +314,10 @@ impl Core {
     }
 
     /// Sets `bytes` aside, evicting for them. `None`: nothing more may go and they do not fit.
+    /// Those that stay in memory need not fit on the disk.
     ///
     /// Never called with an entry locked: its own cells could not be evicted then.
-    fn reserve(&self, bytes: u64) -> Option<Reservation<'_>> {
+    fn reserve(&self, bytes: u64, in_memory: bool) -> Option<Reservation<'_>> {
         self.reserved.fetch_add(bytes, Relaxed);
         let reservation = Reservation { core: self, bytes };
         let limit = self.settings.limit;
@@ -278,16 +332,18 @@ impl Core {
                 evicted += freed;
             }
         }
-        (self.used() <= limit).then_some(reservation)
+        (self.used() <= limit && (in_memory || self.disk_admits(bytes))).then_some(reservation)
     }
 
-    /// Evicts about `bytes`, because the disk is full although the limit is not reached.
-    fn evict(&self, bytes: u64) {
+    /// Evicts about `bytes`, because the disk is full although the limit is not reached; answers
+    /// how many went.
+    fn evict(&self, bytes: u64) -> u64 {
         let mut freed = 0;
         while freed < bytes {
             let Some(more) = self.evict_one() else { break };
             freed += more;
         }
+        freed
     }
 
     /// Evicts one cell and answers its bytes; `None` when none may go.

@@ -123,6 +123,16 @@ impl RangeSet {
     }
 }
 
+impl FromIterator<Range<u64>> for RangeSet {
+    fn from_iter<I: IntoIterator<Item = Range<u64>>>(ranges: I) -> Self {
+        let mut set = Self::new();
+        ranges.into_iter().for_each(|range| {
+            set.insert(range);
+        });
+        set
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -1,3 +1,5 @@
+mod disk;
+
 use super::*;
 
 const CELL: u64 = 256 << 10;

@@ -30,6 +30,7 @@ pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
             return;
         }
         shared.drop_reaped();
+        shared.keep_reserve().await;
         shared.start_flushes();
         shared.drop_idle();
     }
@@ -43,6 +44,15 @@ impl Shared {
         }
     }
 
+    /// Has the tier give way to what else is on its disk.
+    async fn keep_reserve(&self) {
+        let tier = self.tier.clone();
+        match tokio::task::spawn_blocking(move || tier.keep_reserve()).await {
+            Ok(kept) => self.short_of_disk.store(!kept, Relaxed),
+            Err(error) => warn!(%error, "looking after the cache tier's disk"),
+        }
+    }
+
     /// Starts the flushes that are due. Each inode has at most one, and all of them share a few
     /// permits, so nothing piles up.
     fn start_flushes(self: &Arc<Self>) {
@@ -53,7 +63,8 @@ impl Shared {
         }
         // The largest first: under pressure they make the most room.
         inodes.sort_unstable_by_key(|(dirty, _)| std::cmp::Reverse(*dirty));
-        let pressure = self.tier.dirty_bytes() > self.tier.limit() / PRESSURE_SHARE;
+        let much = self.tier.dirty_bytes() > self.tier.limit() / PRESSURE_SHARE;
+        let pressure = much || self.short_of_disk.load(Relaxed);
         let now = Instant::now();
         for (dirty, inode) in inodes {
             let mut local = inode.local.lock();

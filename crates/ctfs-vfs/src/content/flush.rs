@@ -98,8 +98,10 @@ impl Shared {
     pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, cut: Cut) -> Result<(), FsError> {
         // A flush whose caller went away left its ranges behind.
         inode.entry.abandon_flush();
+        let lost = self.take_lost(inode);
         let flushed = self.flush_cells(inode, cut).await;
         inode.entry.abandon_flush();
+        let lost = lost.or(self.take_lost(inode));
         let flushed = match flushed {
             Err(FsError::Meta(MetaError::NoSuchInode(_)) | FsError::Stale(_)) => {
                 // Nobody can open it any more: there is nothing to keep. Whoever has it open (it was
@@ -120,7 +122,23 @@ impl Shared {
         }
         drop(local);
         self.drained.notify_waiters();
-        flushed
+        lost.map_or(flushed, Err)
+    }
+
+    /// What to tell of unflushed bytes that went with their cache file. Also a flush that nobody
+    /// asked for keeps it for the next one who asks: the bytes are gone, no flush can make it good.
+    fn take_lost(&self, inode: &Inode) -> Option<FsError> {
+        let bytes = inode.entry.take_lost();
+        if bytes == 0 {
+            return None;
+        }
+        let why = format!("{bytes} bytes were removed from the cache directory");
+        let error = FsError::LostWrites { ino: inode.ino, why };
+        let mut local = inode.local.lock();
+        // The file does not grow by bytes that are gone: they would read as zeros.
+        local.size = inode.entry.view().unflushed_end();
+        local.error = Some(error.clone());
+        Some(error)
     }
 
     async fn flush_cells(&self, inode: &Arc<Inode>, cut: Cut) -> Result<(), FsError> {

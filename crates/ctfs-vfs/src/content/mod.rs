@@ -115,6 +115,8 @@ struct Shared {
     read_ahead: Arc<Semaphore>,
     background_flushes: Arc<Semaphore>,
     closed: AtomicBool,
+    /// The tier's disk is down to its reserve: whatever is unflushed is flushed, to be evicted.
+    short_of_disk: AtomicBool,
 }
 
 /// One regular file in use.
@@ -209,6 +211,7 @@ impl Content {
             read_ahead: Arc::new(Semaphore::new(settings.transfers.max(1))),
             background_flushes: Arc::new(Semaphore::new(settings.flushes.max(1))),
             closed: AtomicBool::new(false),
+            short_of_disk: AtomicBool::new(false),
             settings,
         });
         runtime.spawn(background::run(Arc::downgrade(&shared), kick));
@@ -227,7 +230,7 @@ impl Content {
     /// Writes `data` at `offset`; it is visible here when this answers, and durable after a flush.
     ///
     /// # Errors
-    /// - [`FsError::TooBig`]: over the largest size of a file.
+    /// - [`FsError::TooBig`]: over the largest size of a file, or of one in the cache directory.
     /// - [`FsError::CacheFull`]: no room in the tier within [`ContentSettings::room_patience`].
     pub async fn write(&self, ino: Ino, offset: u64, data: Bytes, drop_privileges: bool) -> Result<u32, FsError> {
         self.shared.write(ino, write::Place::At(offset), data, drop_privileges).await.map(|(_, len)| len)
@@ -482,7 +485,8 @@ fn now() -> Timestamp {
 fn cache_error(ino: Ino, error: TierError) -> FsError {
     match error {
         TierError::Full => FsError::CacheFull,
+        TierError::TooBig => FsError::TooBig,
         TierError::Gone => FsError::Stale(ino),
-        TierError::Io { .. } => FsError::Cache(error.to_string()),
+        TierError::Lost | TierError::Io { .. } => FsError::Cache(error.to_string()),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst},
@@ -123,16 +124,42 @@ impl Cluster {
     pub fn server_with(self: &Arc<Self>, limit: u64, settings: ContentSettings) -> Server {
         let dir = tempfile::tempdir().unwrap();
         let tier = CacheTier::open(TierSettings::new(dir.path().join("tier"), limit)).unwrap();
+        self.server_over(tier, dir, settings)
+    }
+
+    /// A server whose cache is on a disk with as many free bytes as `free` says of its directory.
+    pub fn server_on(
+        self: &Arc<Self>,
+        limit: u64,
+        settings: ContentSettings,
+        reserve_bytes: u64,
+        free: impl Fn(&Path) -> u64 + Send + Sync + 'static,
+    ) -> Server {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_owned();
+        let tier = TierSettings { reserve_bytes, ..TierSettings::new(dir.path().join("tier"), limit) };
+        let tier = CacheTier::open_with(tier, Box::new(move || free(&path))).unwrap();
+        self.server_over(tier, dir, settings)
+    }
+
+    fn server_over(self: &Arc<Self>, tier: CacheTier, dir: tempfile::TempDir, settings: ContentSettings) -> Server {
         let access = Arc::new(Access { cluster: self.clone() });
         let content = Arc::new(Content::new(access.clone(), access, tier, settings));
         self.servers.lock().push(Arc::downgrade(&content));
-        Server { content, _dir: dir }
+        Server { content, dir }
     }
 }
 
 pub struct Server {
     pub content: Arc<Content>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    /// The directory that holds its cache directory, `tier`.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
 }
 
 impl std::ops::Deref for Server {

@@ -368,6 +368,22 @@ async fn a_failed_flush_is_reported_once_on_every_handle_that_was_open() {
 }
 
 #[tokio::test]
+async fn writes_lost_with_the_cache_are_told_once_on_every_handle_and_never_read_as_zeros() {
+    let world = World::new(1);
+    let vfs = world.vfs(0);
+    let ino = file(vfs, ROOT, "f", &[1; 50_000]).await.ino;
+    let (a, b) = (open(vfs, ino, libc::O_RDWR).await, open(vfs, ino, libc::O_RDWR).await);
+    write(vfs, ino, a, 0, &[2; 100_000]).await;
+    let cached = world.dir().join(format!("tier-1/{:02x}/{:02x}/{:x}", ino.0 & 0xff, ino.0 >> 8 & 0xff, ino.0));
+    std::fs::OpenOptions::new().write(true).open(cached).unwrap().set_len(0).unwrap();
+    for handle in [a, b] {
+        assert_eq!(errno(vfs.fsync(ino, handle).await), libc::EIO);
+        assert_eq!(vfs.fsync(ino, handle).await, Ok(()), "told once");
+    }
+    assert_eq!(read(vfs, ino, a).await, [1; 50_000]);
+}
+
+#[tokio::test]
 async fn a_kernel_that_went_away_leaves_nothing_open() {
     let world = World::new(1);
     let vfs = world.vfs(0);

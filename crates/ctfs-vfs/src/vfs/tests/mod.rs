@@ -20,7 +20,7 @@ pub const ROOT: Ino = Ino::ROOT;
 /// Some servers of one cluster.
 pub struct World {
     pub servers: Vec<Server>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl World {
@@ -32,7 +32,12 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let cluster = Cluster::new();
         let servers = (1..=servers).map(|node| cluster.server(node, dir.path(), settings.clone())).collect();
-        Self { servers, _dir: dir }
+        Self { servers, dir }
+    }
+
+    /// Holds the servers' cache directories: `tier-1` and so on.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
     }
 
     pub fn vfs(&self, server: usize) -> &Arc<Vfs> {
