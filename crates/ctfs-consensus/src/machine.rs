@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use tracing::{error, info, warn};
 
 use crate::{
+    log::Coverage,
     observer::Observer,
     raft_types::{
         RaftEntry, RaftLogId, RaftMembership, RaftSnapshotMeta, RaftStorageError, TypeConfig, Verdicts, log_index,
@@ -43,6 +44,8 @@ struct Inner {
     observer: Arc<dyn Observer>,
     states: StateDir,
     snapshots: SnapshotDir,
+    /// Told of every snapshot that is durable.
+    coverage: Coverage,
     live: Mutex<Live>,
     /// Held while a snapshot is built: there is one cursor at a time.
     building: Mutex<()>,
@@ -82,6 +85,7 @@ impl StateMachine {
         states: StateDir,
         snapshots: SnapshotDir,
         snapshot_at: Option<RaftLogId>,
+        coverage: Coverage,
         observer: Arc<dyn Observer>,
     ) -> Self {
         let State { number, versions, namespace, reached } = state;
@@ -90,6 +94,7 @@ impl StateMachine {
             observer,
             states,
             snapshots,
+            coverage,
             live: Mutex::new(Live { number, versions, reached }),
             building: Mutex::new(()),
             current: Mutex::new(snapshot_at),
@@ -227,6 +232,7 @@ impl Inner {
         drop(current);
         // openraft purges the log behind a snapshot: from here on the store, too, must reach it.
         versions.store().checkpoint()?;
+        self.cover(header.meta.last_log_id);
         info!(at = ?header.meta.last_log_id, "snapshot built");
         Ok((header.meta, rewound(file)?))
     }
@@ -252,6 +258,7 @@ impl Inner {
             self.snapshots.adopt(&path)?;
             *current = meta.last_log_id;
         }
+        self.cover(meta.last_log_id);
         self.states.point_to(state.number).map_err(StateError::from)?;
 
         let State { number, versions, namespace, reached } = state;
@@ -273,6 +280,12 @@ impl Inner {
         info!(at = ?meta.last_log_id, "snapshot installed");
         self.observer.installed_snapshot();
         Ok(())
+    }
+
+    fn cover(&self, upto: Option<RaftLogId>) {
+        if let Some(upto) = upto {
+            self.coverage.reached(upto);
+        }
     }
 
     fn current_snapshot(&self) -> Result<Option<(RaftSnapshotMeta, File)>, MachineError> {
@@ -344,7 +357,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         tokio::io::AsyncWriteExt::flush(&mut snapshot).await.map_err(|error| failed(&error))?;
         let file = snapshot.into_std().await;
         let wanted = meta.clone();
-        Ok(self.blocking(move |inner| inner.install(&wanted, &file)).await.map_err(|error| failed(&error))?)
+        let installed = self.blocking(move |inner| inner.install(&wanted, &file)).await;
+        if let Err(error) = &installed {
+            self.inner.coverage.failed(&error.to_string());
+        }
+        Ok(installed.map_err(|error| failed(&error))?)
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, RaftStorageError> {

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
+    time::Duration,
 };
 
 use ctfs_meta::Op;
@@ -23,6 +24,10 @@ use crate::{
 
 /// A server this close votes: the joint change itself then waits for little.
 const PROMOTION_LAG_ENTRIES: u64 = 64;
+/// A new voter gets this long to catch up before the change is given up, to be asked for again:
+/// nobody else can change the membership meanwhile, also not whoever wants to remove a server
+/// that will never catch up.
+const PROMOTION_PATIENCE: Duration = Duration::from_secs(1);
 
 type Changed = Result<ClientWriteResponse<TypeConfig>, RaftError<u64, ClientWriteError<u64, EmptyNode>>>;
 
@@ -113,8 +118,9 @@ impl Core {
         };
         let mut metrics = self.raft.metrics();
         let ready = |metrics: &Metrics| metrics.replication.is_none() || slowest(metrics).is_none();
+        let until = deadline.min(Instant::now() + PROMOTION_PATIENCE);
         // Whether in time or not, the last look decides.
-        let _ = timeout_at(deadline, metrics.wait_for(ready)).await.map(|found| found.map(drop));
+        let _ = timeout_at(until, metrics.wait_for(ready)).await.map(|found| found.map(drop));
         let metrics = self.metrics();
         if metrics.replication.is_none() {
             return Err(ProposeError::NotLeader { leader: self.leader() });

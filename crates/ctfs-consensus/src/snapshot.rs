@@ -254,6 +254,8 @@ impl SnapshotDir {
                 fs::remove_file(&path)?;
             }
         }
+        // The name of the current one may be younger than the last sync, and the log relies on it.
+        durable::sync_dir(dir)?;
         Ok(Self { dir: dir.to_owned(), fresh: AtomicU64::new(0) })
     }
 

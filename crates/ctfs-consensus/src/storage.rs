@@ -15,7 +15,7 @@ use ctfs_types::LogIndex;
 use tracing::{error, info, warn};
 
 use crate::{
-    log::{LogError, LogSettings, LogStore},
+    log::{LogError, LogSettings, LogStore, Recovered},
     machine::StateMachine,
     observer::Observer,
     raft_types::{log_index, log_index_of},
@@ -90,7 +90,7 @@ impl Storage {
     /// - [`LogError::LogDamaged`]: an acknowledged entry is not readable.
     /// - [`StorageError::MustBeReadded`]: what was lost cannot be rebuilt here.
     pub fn open(dir: &Path, settings: &StorageSettings, observer: Arc<dyn Observer>) -> Result<Self, StorageError> {
-        let log = LogStore::open(&dir.join("log"), settings.log.clone())?;
+        let mut log = Recovered::read(&dir.join("log"))?;
         let snapshots = SnapshotDir::open(&dir.join("snapshots"))?;
         let state_path = dir.join("state");
         let states = StateDir::open(&state_path, settings.cache_bytes, settings.verify_bytes_max)
@@ -110,8 +110,20 @@ impl Storage {
             error!(%begins_after, %reached, "the log does not reach back to the state");
             return Err(StorageError::MustBeReadded { begins_after, reached });
         }
+        // A crash came between a snapshot that was installed and the purge of the log it replaces.
+        if let Some(applied) = state.reached.applied
+            && !log.reaches(applied)
+        {
+            state.versions.store().checkpoint()?;
+            log.begin_after(applied)?;
+        }
+        let log = LogStore::start(log, settings.log.clone())?;
+        let coverage = log.coverage();
+        if let Some(snapshot_at) = snapshot_at {
+            coverage.reached(snapshot_at);
+        }
         info!(%reached, dir = %dir.display(), "storage opened");
-        let machine = StateMachine::new(state, states, snapshots, snapshot_at, observer);
+        let machine = StateMachine::new(state, states, snapshots, snapshot_at, coverage, observer);
         let replica = machine.replica();
         Ok(Self { log, machine, replica })
     }

@@ -1,6 +1,7 @@
 //! The one thread that writes the log.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::FileExt,
@@ -37,6 +38,33 @@ pub(super) enum Request {
     Purge { upto: RaftLogId, done: Done },
     /// The committed index in memory moved.
     NoteCommitted,
+    /// A purge may be due.
+    CoverageMoved,
+}
+
+impl Request {
+    /// Refuses what is waited for.
+    fn refuse(self, why: io::Error) {
+        match self {
+            Self::Append { callback, .. } => callback.log_io_completed(Err(why)),
+            Self::SaveVote { done, .. } | Self::Truncate { done, .. } | Self::Purge { done, .. } => {
+                let _ = done.send(Err(why));
+            }
+            Self::NoteCommitted | Self::CoverageMoved => {}
+        }
+    }
+}
+
+/// Requests that may wait for a purge. openraft asks one at a time; more than a few is a fault.
+const HELD_MAX: usize = 256;
+
+/// A purge that was answered and is not on disk yet.
+#[derive(Clone, Copy)]
+struct Deferred {
+    upto: RaftLogId,
+    /// What is on disk does not lead up to `upto`: the next entry needs the purge first, or the
+    /// log would have a hole.
+    hole: bool,
 }
 
 /// The segment that is written to.
@@ -49,6 +77,11 @@ pub(super) struct Active {
 
 pub(super) struct Flusher {
     shared: Arc<Shared>,
+    /// How far the log is purged on disk; in memory it may be further.
+    purged: Option<RaftLogId>,
+    deferred: Option<Deferred>,
+    /// What waits for the deferred purge, in order.
+    held: VecDeque<Request>,
     progress_file: ProgressFile,
     progress: Progress,
     active: Option<Active>,
@@ -60,19 +93,71 @@ pub(super) fn segment_path(dir: &Path, first: u64) -> PathBuf {
 }
 
 impl Flusher {
-    pub fn new(shared: Arc<Shared>, progress_file: ProgressFile, progress: Progress, active: Option<Active>) -> Self {
-        Self { shared, progress_file, progress, active }
+    pub fn new(
+        shared: Arc<Shared>,
+        purged: Option<RaftLogId>,
+        progress_file: ProgressFile,
+        progress: Progress,
+        active: Option<Active>,
+    ) -> Self {
+        Self { shared, purged, deferred: None, held: VecDeque::new(), progress_file, progress, active }
     }
 
     /// Serves until every asker is gone.
     pub fn run(mut self, mut inbox: Receiver<Request>) {
         let mut next = None;
         while let Some(request) = next.take().or_else(|| inbox.blocking_recv()) {
-            match request {
-                Request::Append { frames, callback } => {
-                    let mut bytes: usize = frames.iter().map(|(_, payload)| payload.len()).sum();
-                    let mut batch = frames;
-                    let mut callbacks = vec![callback];
+            self.release();
+            if self.must_wait(&request) {
+                if self.held.len() < HELD_MAX {
+                    self.held.push_back(request);
+                } else {
+                    request.refuse(io::Error::other("too much waits for a snapshot to be installed"));
+                }
+                continue;
+            }
+            next = self.serve(request, Some(&mut inbox));
+        }
+        let _ = self.guarded(|this| this.note_progress());
+    }
+
+    /// Whether `request` must not be done before the deferred purge is.
+    fn must_wait(&self, request: &Request) -> bool {
+        match request {
+            Request::Append { frames, .. } => {
+                !self.held.is_empty() || (!frames.is_empty() && self.deferred.is_some_and(|deferred| deferred.hole))
+            }
+            Request::Truncate { .. } | Request::Purge { .. } => !self.held.is_empty(),
+            Request::SaveVote { .. } | Request::NoteCommitted | Request::CoverageMoved => false,
+        }
+    }
+
+    /// Does the deferred purge if a durable snapshot reaches it by now, and then what waited.
+    fn release(&mut self) {
+        if self.deferred.is_none() {
+            return;
+        }
+        match self.guarded(|this| this.finish_purge()) {
+            Ok(()) if self.deferred.is_some() => return,
+            Ok(()) => {}
+            // The log has failed: what waited is refused.
+            Err(_) => self.deferred = None,
+        }
+        for request in std::mem::take(&mut self.held) {
+            self.serve(request, None);
+        }
+    }
+
+    /// Does one request, with the appends that wait behind it in `inbox`; returns what else it
+    /// took from there.
+    fn serve(&mut self, request: Request, inbox: Option<&mut Receiver<Request>>) -> Option<Request> {
+        let mut next = None;
+        match request {
+            Request::Append { frames, callback } => {
+                let mut bytes: usize = frames.iter().map(|(_, payload)| payload.len()).sum();
+                let mut batch = frames;
+                let mut callbacks = vec![callback];
+                if let Some(inbox) = inbox {
                     while bytes < BATCH_BYTES_MAX {
                         match inbox.try_recv() {
                             Ok(Request::Append { frames, callback }) => {
@@ -87,26 +172,27 @@ impl Flusher {
                             Err(_) => break,
                         }
                     }
-                    let result = self.guarded(|this| this.append(&batch));
-                    for callback in callbacks {
-                        callback.log_io_completed(result.as_ref().map_err(copy_of).copied());
-                    }
                 }
-                Request::SaveVote { vote, done } => {
-                    let _ = done.send(self.guarded(|this| this.save_vote(vote)));
-                }
-                Request::Truncate { from, done } => {
-                    let _ = done.send(self.guarded(|this| this.truncate(from)));
-                }
-                Request::Purge { upto, done } => {
-                    let _ = done.send(self.guarded(|this| this.purge(upto)));
-                }
-                Request::NoteCommitted => {
-                    let _ = self.guarded(|this| this.note_progress());
+                let result = self.guarded(|this| this.append(&batch));
+                for callback in callbacks {
+                    callback.log_io_completed(result.as_ref().map_err(copy_of).copied());
                 }
             }
+            Request::SaveVote { vote, done } => {
+                let _ = done.send(self.guarded(|this| this.save_vote(vote)));
+            }
+            Request::Truncate { from, done } => {
+                let _ = done.send(self.guarded(|this| this.truncate(from)));
+            }
+            Request::Purge { upto, done } => {
+                let _ = done.send(self.guarded(|this| this.purge(upto)));
+            }
+            Request::NoteCommitted => {
+                let _ = self.guarded(|this| this.note_progress());
+            }
+            Request::CoverageMoved => {}
         }
-        let _ = self.guarded(|this| this.note_progress());
+        next
     }
 
     /// Runs `step` unless an earlier one failed; a failure ends the log's service for good.
@@ -195,8 +281,7 @@ impl Flusher {
     }
 
     fn save_vote(&mut self, vote: RaftVote) -> io::Result<()> {
-        let purged = self.shared.index.lock().purged;
-        State { vote: Some(vote), purged }.save(&self.shared.dir)?;
+        State { vote: Some(vote), purged: self.purged }.save(&self.shared.dir)?;
         self.shared.index.lock().vote = Some(vote);
         Ok(())
     }
@@ -239,27 +324,44 @@ impl Flusher {
         Ok(())
     }
 
+    /// Purges in memory, and on disk as soon as a durable snapshot reaches `upto`.
     fn purge(&mut self, upto: RaftLogId) -> io::Result<()> {
-        let (old, vote, last) = {
-            let index = self.shared.index.lock();
-            (index.purged, index.vote, index.last)
-        };
-        if old < Some(upto) {
-            State { vote, purged: Some(upto) }.save(&self.shared.dir)?;
-            self.shared.index.lock().purged = Some(upto);
+        {
+            let mut index = self.shared.index.lock();
+            if index.purged.is_some_and(|purged| purged.index >= upto.index) {
+                return Ok(());
+            }
+            let hole = index.purge(upto);
+            self.deferred = Some(Deferred { upto, hole });
         }
-        if last <= Some(upto) {
+        self.finish_purge()
+    }
+
+    /// Makes the deferred purge durable if a durable snapshot reaches it.
+    fn finish_purge(&mut self) -> io::Result<()> {
+        let Some(Deferred { upto, .. }) = self.deferred else { return Ok(()) };
+        {
+            let reach = self.shared.reach.lock();
+            if reach.upto < Some(upto) {
+                return match &reach.failed {
+                    Some(why) => Err(io::Error::other(format!("a snapshot that replaces entries was not installed: {why}"))),
+                    None => Ok(()),
+                };
+            }
+        }
+        let vote = self.shared.index.lock().vote;
+        State { vote, purged: Some(upto) }.save(&self.shared.dir)?;
+        self.purged = Some(upto);
+        self.deferred = None;
+        if self.shared.index.lock().places.is_empty() {
             // Entries of an older term past `upto` go too: they conflict with what is committed there.
             self.lower_synced(upto.index + 1)?;
-            self.shared.index.lock().forget_from(0);
             let firsts: Vec<u64> = self.shared.index.lock().files.keys().rev().copied().collect();
-            self.remove_segments(&firsts)?;
             self.active = None;
-            return Ok(());
+            return self.remove_segments(&firsts);
         }
         let firsts: Vec<u64> = {
-            let mut index = self.shared.index.lock();
-            index.forget_to(upto.index);
+            let index = self.shared.index.lock();
             let kept = index.places.front().map_or(u64::MAX, |place| place.segment);
             // What is not written yet goes to the active segment, or past it.
             let kept = kept.min(self.active.as_ref().map_or(u64::MAX, |active| active.first));

@@ -7,8 +7,9 @@
 //! acknowledged entry may be the only one there is.
 //!
 //! Reading order: [`frame`] (bytes of an entry), [`marks`] (vote and progress), [`recovery`],
-//! [`flusher`].
+//! [`coverage`] (what may be purged), [`flusher`].
 
+mod coverage;
 mod flusher;
 mod frame;
 mod marks;
@@ -35,7 +36,10 @@ use openraft::{
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
+pub use self::coverage::Coverage;
+pub(crate) use self::recovery::Recovered;
 use self::{
+    coverage::Reach,
     flusher::{Flusher, Request},
     frame::PAYLOAD_BYTES_MAX,
 };
@@ -127,6 +131,7 @@ struct Shared {
     dir: PathBuf,
     settings: LogSettings,
     index: Mutex<Index>,
+    reach: Mutex<Reach>,
     /// Makes the n-th next sync fail; negative never.
     #[cfg(test)]
     fail_sync_after: std::sync::atomic::AtomicI64,
@@ -191,6 +196,30 @@ impl Index {
         self.recent.get(usize::try_from(index.checked_sub(first)?).ok()?)
     }
 
+    /// The id of the entry at `index`, written or not.
+    fn id_at(&self, index: u64) -> Option<RaftLogId> {
+        self.recent(index).map(|recent| recent.entry.log_id).or_else(|| self.place(index).map(|place| place.id))
+    }
+
+    /// Whether nothing here goes on from `upto`, which is committed: the entries end before it, or
+    /// another one is in its place, and then all that follow are not committed.
+    fn superseded_by(&self, upto: RaftLogId) -> bool {
+        let Some(last) = self.last else { return true };
+        last != upto && (last <= upto || last.index <= upto.index || self.id_at(upto.index).is_some_and(|id| id != upto))
+    }
+
+    /// Forgets what a purge up to `upto` takes. Returns whether everything here was superseded.
+    fn purge(&mut self, upto: RaftLogId) -> bool {
+        let superseded = self.superseded_by(upto);
+        if superseded {
+            self.forget_from(0);
+        } else {
+            self.forget_to(upto.index);
+        }
+        self.purged = self.purged.max(Some(upto));
+        superseded
+    }
+
     /// Forgets the oldest of the recent entries that are written, down to the limit.
     fn shrink_recent(&mut self, bytes_max: usize) {
         let written_end = self.places.back().map_or(0, |place| place.id.index + 1);
@@ -240,27 +269,32 @@ impl LogStore {
     /// # Errors
     /// [`LogError::LogDamaged`] when an entry that had been acknowledged does not check.
     pub fn open(dir: &Path, settings: LogSettings) -> Result<Self, LogError> {
-        let recovered = recovery::recover(dir)?;
+        Self::start(Recovered::read(dir)?, settings)
+    }
+
+    /// Starts the thread of a log that was read.
+    pub(crate) fn start(recovered: Recovered, settings: LogSettings) -> Result<Self, LogError> {
+        let Recovered { dir, state, index, progress_file, progress, active } = recovered;
         let shared = Arc::new(Shared {
-            dir: dir.to_owned(),
+            dir: dir.clone(),
             settings,
-            index: Mutex::new(recovered.index),
+            index: Mutex::new(index),
+            reach: Mutex::default(),
             #[cfg(test)]
             fail_sync_after: std::sync::atomic::AtomicI64::new(-1),
         });
         let (requests, inbox) = tokio::sync::mpsc::channel(REQUESTS_MAX);
-        let flusher = Flusher::new(shared.clone(), recovered.progress_file, recovered.progress, recovered.active);
+        let flusher = Flusher::new(shared.clone(), state.purged, progress_file, progress, active);
         let handle = std::thread::Builder::new()
             .name("ctfs-log".into())
             .spawn(move || flusher.run(inbox))
-            .map_err(|source| LogError::io("start thread for", dir, source))?;
+            .map_err(|source| LogError::io("start thread for", &dir, source))?;
         Ok(Self { shared, requests, _thread: Arc::new(FlusherThread { handle: Some(handle) }) })
     }
 
-    /// The last purged entry, and the index of the first one that is there.
-    pub fn begin(&self) -> (Option<RaftLogId>, Option<u64>) {
-        let index = self.shared.index.lock();
-        (index.purged, index.first())
+    /// Where the state machine says how far durable snapshots reach.
+    pub fn coverage(&self) -> Coverage {
+        Coverage { shared: self.shared.clone(), requests: self.requests.downgrade() }
     }
 
     async fn ask(&self, make: impl FnOnce(oneshot::Sender<io::Result<()>>) -> Request) -> io::Result<()> {
@@ -498,8 +532,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             .map_err(|error| StorageIOError::write_logs(AnyError::new(&error)).into())
     }
 
-    /// The caller has made a state at or past `upto` durable: a snapshot is on disk before
-    /// openraft hears of it, and openraft purges only what a snapshot covers.
+    /// Answers when the entries are gone from memory. On disk they stay until a durable snapshot
+    /// reaches `upto` ([`Coverage`]): a leader purges behind a snapshot it has, but a follower is
+    /// told to purge as soon as the installation of one was ordered.
     async fn purge(&mut self, upto: RaftLogId) -> Result<(), RaftStorageError> {
         self.ask(|done| Request::Purge { upto, done })
             .await

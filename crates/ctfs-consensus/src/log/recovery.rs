@@ -10,7 +10,7 @@ use std::{
     collections::VecDeque,
     fs::{self, OpenOptions},
     io::Read,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -22,16 +22,51 @@ use super::{
     frame::{self, SEGMENT_HEADER_BYTES},
     marks::{Progress, ProgressFile, State},
 };
-use crate::durable;
+use crate::{durable, raft_types::RaftLogId};
 
-pub(super) struct Recovered {
-    pub index: Index,
-    pub progress_file: ProgressFile,
-    pub progress: Progress,
-    pub active: Option<Active>,
+/// A log as it was found on disk.
+pub(crate) struct Recovered {
+    pub(super) dir: PathBuf,
+    pub(super) state: State,
+    pub(super) index: Index,
+    pub(super) progress_file: ProgressFile,
+    pub(super) progress: Progress,
+    pub(super) active: Option<Active>,
 }
 
-pub(super) fn recover(dir: &Path) -> Result<Recovered, LogError> {
+impl Recovered {
+    /// Reads the log in `dir`, making an empty one where there is none.
+    pub fn read(dir: &Path) -> Result<Self, LogError> {
+        recover(dir)
+    }
+
+    /// The last purged entry, and the index of the first one that is there.
+    pub fn begin(&self) -> (Option<RaftLogId>, Option<u64>) {
+        (self.index.purged, self.index.first())
+    }
+
+    /// Whether entry `id` is here, or was and is purged.
+    pub fn reaches(&self, id: RaftLogId) -> bool {
+        self.index.purged.is_some_and(|purged| purged.index >= id.index) || self.index.id_at(id.index) == Some(id)
+    }
+
+    /// Lets the log begin after `upto`, which a durable state has and this log has not: what is
+    /// here is older than that state, or was never committed.
+    pub fn begin_after(&mut self, upto: RaftLogId) -> Result<(), LogError> {
+        let failed = |source| LogError::io("purge log in", &self.dir, source);
+        self.state.purged = Some(upto);
+        self.state.save(&self.dir).map_err(failed)?;
+        self.index.purge(upto);
+        self.progress.synced = upto.index + 1;
+        self.progress_file.write_durably(&self.progress).map_err(failed)?;
+        self.active = None;
+        delete_forgotten(&self.dir, &mut self.index, &None)?;
+        info!(dir = %self.dir.display(), %upto, "the state is ahead of the log, which begins anew behind it");
+        Ok(())
+    }
+}
+
+fn recover(dir: &Path) -> Result<Recovered, LogError> {
     durable::create_dir(dir).map_err(|source| LogError::io("create log directory", dir, source))?;
     let firsts = list_segments(dir)?;
     let state = match State::load(dir)? {
@@ -93,7 +128,7 @@ pub(super) fn recover(dir: &Path) -> Result<Recovered, LogError> {
     progress.synced = end;
     delete_forgotten(dir, &mut index, &active)?;
     info!(dir = %dir.display(), entries = index.places.len(), last = ?index.last, purged = ?index.purged, "log opened");
-    Ok(Recovered { index, progress_file, progress, active })
+    Ok(Recovered { dir: dir.to_owned(), state, index, progress_file, progress, active })
 }
 
 fn list_segments(dir: &Path) -> Result<Vec<u64>, LogError> {
@@ -174,12 +209,7 @@ fn read_segment(dir: &Path, first: u64, is_last: bool, synced: u64, before: &Ind
 /// Forgets what a purge that was interrupted had left.
 fn drop_purged(index: &mut Index, active: &mut Option<Active>) {
     let Some(purged) = index.purged else { return };
-    if index.last <= Some(purged) {
-        // Also entries of an older term past `purged`: they conflict with what is committed there.
-        index.forget_from(0);
-    } else {
-        index.forget_to(purged.index);
-    }
+    index.purge(purged);
     // An empty log begins a new segment, unless one stands ready right behind.
     if index.places.is_empty() && active.as_ref().is_some_and(|active| active.first != purged.index + 1) {
         *active = None;

@@ -151,6 +151,7 @@ fn purged_entries_are_gone_after_reopening_and_their_segments_too() {
             let mut log = open(dir.path());
             append(&mut log, 1, 0..20).await;
             let before = segments(dir.path()).len();
+            log.coverage().reached(id(1, upto));
             log.purge(id(1, upto)).await.unwrap();
             let kept: Vec<u64> = (upto + 1..20).collect();
             let next = upto.max(19) + 1;
@@ -177,11 +178,161 @@ fn a_purge_by_a_snapshot_of_a_later_term_drops_conflicting_entries_behind_it() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = open(dir.path());
         append(&mut log, 1, 0..20).await;
+        log.coverage().reached(id(3, 9));
         log.purge(id(3, 9)).await.unwrap();
         assert!(all(&mut log).await.is_empty());
         append(&mut log, 3, 10..12).await;
         drop(log);
         assert_eq!(indexes(&all(&mut open(dir.path())).await), [10, 11]);
+    });
+}
+
+/// What a reopened log says of itself: purged up to, entries.
+async fn reopened(dir: &Path) -> (Option<RaftLogId>, Vec<RaftLogId>) {
+    let mut log = open(dir);
+    let purged = log.get_log_state().await.unwrap().last_purged_log_id;
+    (purged, all(&mut log).await.into_iter().map(|entry| entry.log_id).collect())
+}
+
+fn ids(term: u64, indexes: std::ops::Range<u64>) -> Vec<RaftLogId> {
+    indexes.map(|index| id(term, index)).collect()
+}
+
+#[test]
+fn a_purge_that_no_durable_snapshot_reaches_is_forgotten_by_a_crash() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..20).await;
+        log.coverage().reached(id(1, 398));
+        log.purge(id(1, 399)).await.unwrap();
+        let state = log.get_log_state().await.unwrap();
+        assert_eq!((state.last_purged_log_id, state.last_log_id), (Some(id(1, 399)), Some(id(1, 399))));
+        assert!(all(&mut log).await.is_empty());
+        // The vote goes into the same file as the mark and must not take it along.
+        log.save_vote(&RaftVote::new(4, 2)).await.unwrap();
+        drop(log);
+        assert_eq!(reopened(dir.path()).await, (None, ids(1, 0..20)));
+    });
+}
+
+#[test]
+fn an_entry_behind_a_deferred_purge_is_acknowledged_when_the_snapshot_is_durable_and_not_before() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..20).await;
+        log.purge(id(2, 399)).await.unwrap();
+        let mut appender = log.clone();
+        let mut waiting = Box::pin(appender.blocking_append([entry(2, 400, 3)]));
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        // Answered after the append was looked at.
+        log.save_vote(&RaftVote::new(4, 2)).await.unwrap();
+        assert!(futures_util::poll!(&mut waiting).is_pending(), "there is a hole below it");
+        log.coverage().reached(id(2, 399));
+        waiting.await.unwrap();
+        append(&mut log, 2, 401..405).await;
+        drop((log, appender));
+        assert_eq!(reopened(dir.path()).await, (Some(id(2, 399)), ids(2, 400..405)));
+    });
+}
+
+#[test]
+fn a_crash_while_an_entry_waits_for_the_snapshot_finds_the_log_as_it_was() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..20).await;
+        log.purge(id(2, 399)).await.unwrap();
+        let mut appender = log.clone();
+        let mut waiting = Box::pin(appender.blocking_append([entry(2, 400, 3)]));
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        log.save_vote(&RaftVote::new(4, 2)).await.unwrap();
+        drop(waiting);
+        drop((log, appender));
+        assert_eq!(reopened(dir.path()).await, (None, ids(1, 0..20)));
+    });
+}
+
+#[test]
+fn a_crash_between_the_purge_mark_and_the_entries_it_takes_is_finished_at_the_next_start() {
+    run(async {
+        for (purged, kept) in [(id(2, 399), vec![]), (id(3, 9), vec![]), (id(2, 30), vec![]), (id(1, 9), ids(1, 10..20))] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut log = open(dir.path());
+            append(&mut log, 1, 0..20).await;
+            drop(log);
+            marks::State { vote: None, purged: Some(purged) }.save(dir.path()).unwrap();
+            assert_eq!(reopened(dir.path()).await, (Some(purged), kept.clone()));
+            let mut log = open(dir.path());
+            let next = purged.index.max(kept.last().map_or(0, |last| last.index)) + 1;
+            append(&mut log, 4, next..next + 3).await;
+            drop(log);
+            let all: Vec<_> = kept.into_iter().chain(ids(4, next..next + 3)).collect();
+            assert_eq!(reopened(dir.path()).await, (Some(purged), all));
+        }
+    });
+}
+
+#[test]
+fn entries_that_go_on_behind_a_deferred_purge_need_not_wait() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..20).await;
+        for upto in [9, 19] {
+            log.purge(id(1, upto)).await.unwrap();
+            append(&mut log, 1, upto + 11..upto + 21).await;
+        }
+        assert_eq!(indexes(&all(&mut log).await), (20..40).collect::<Vec<_>>());
+        let before = segments(dir.path()).len();
+        log.coverage().reached(id(1, 19));
+        append(&mut log, 1, 40..41).await;
+        assert!(segments(dir.path()).len() < before);
+        log.purge(id(1, 30)).await.unwrap();
+        drop(log);
+        assert_eq!(reopened(dir.path()).await, (Some(id(1, 19)), ids(1, 20..41)));
+    });
+}
+
+#[test]
+fn what_waits_for_a_snapshot_that_cannot_be_installed_fails() {
+    run(async {
+        for purge_first in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut log = open(dir.path());
+            append(&mut log, 1, 0..20).await;
+            if purge_first {
+                log.purge(id(2, 399)).await.unwrap();
+                let mut appender = log.clone();
+                let mut waiting = Box::pin(appender.blocking_append([entry(2, 400, 3)]));
+                assert!(futures_util::poll!(&mut waiting).is_pending());
+                log.coverage().failed("test");
+                assert!(waiting.await.is_err());
+            } else {
+                log.coverage().failed("test");
+                assert!(log.purge(id(2, 399)).await.is_err());
+            }
+            assert!(log.blocking_append([entry(2, 400, 3)]).await.is_err(), "it has stopped");
+            drop(log);
+            assert_eq!(reopened(dir.path()).await, (None, ids(1, 0..20)));
+        }
+    });
+}
+
+#[test]
+fn a_purge_by_an_older_snapshot_past_a_younger_shorter_log_leaves_no_hole() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..10).await;
+        // Of a leader of term 3 that nobody followed.
+        append(&mut log, 3, 10..11).await;
+        log.coverage().reached(id(2, 20));
+        log.purge(id(2, 20)).await.unwrap();
+        append(&mut log, 4, 21..24).await;
+        drop(log);
+        assert_eq!(reopened(dir.path()).await, (Some(id(2, 20)), ids(4, 21..24)));
     });
 }
 
@@ -271,8 +422,8 @@ fn a_missing_segment_is_reported() {
             assert!(matches!(LogStore::open(dir.path(), small()), Err(LogError::LogDamaged { .. })), "{path:?}");
             std::fs::write(path, bytes).unwrap();
         }
-        let log = open(dir.path());
-        assert_eq!(log.begin(), (None, Some(0)));
+        drop(open(dir.path()));
+        assert_eq!(Recovered::read(dir.path()).unwrap().begin(), (None, Some(0)));
     });
 }
 

@@ -361,6 +361,63 @@ fn an_installation_that_a_crash_interrupted_is_finished_at_the_next_start() {
 }
 
 #[test]
+fn a_server_killed_between_the_purge_and_the_installation_of_a_snapshot_starts_again() {
+    run(async {
+        // A new server, and one that was far behind: openraft purges before the snapshot is there.
+        for had in [0, 10] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut storage = open(dir.path()).unwrap();
+            commit(&mut storage, 0..had).await;
+            storage.log.purge(id(399)).await.unwrap();
+            drop(storage);
+            let mut storage = open(dir.path()).unwrap();
+            catch_up(&mut storage).await;
+            assert_eq!(state(&storage).0, LogIndex(had));
+        }
+    });
+}
+
+#[test]
+fn a_server_killed_between_the_installation_of_a_snapshot_and_the_purge_goes_on_behind_it() {
+    run(async {
+        let source_dir = tempfile::tempdir().unwrap();
+        let mut source = open(source_dir.path()).unwrap();
+        commit(&mut source, 0..50).await;
+        let snapshot = source.machine.build_snapshot().await.unwrap();
+        let other_term = |index| RaftEntry { log_id: RaftLogId::new(CommittedLeaderId::new(3, 1), index), ..entry(index) };
+
+        // The log is shorter, as long, longer, and ends in what a leader of a later term left
+        // uncommitted.
+        let logs = [(0..10, 10..10), (0..50, 50..50), (0..60, 60..60), (0..10, 10..12), (0..10, 10..80)];
+        for (ours, theirs) in logs {
+            let dir = tempfile::tempdir().unwrap();
+            let mut storage = open(dir.path()).unwrap();
+            storage.log.blocking_append(ours.clone().map(entry)).await.unwrap();
+            storage.log.blocking_append(theirs.clone().map(other_term)).await.unwrap();
+            fs::copy(source_dir.path().join("snapshots/current.snap"), dir.path().join("snapshots/current.snap")).unwrap();
+            drop(storage);
+
+            let mut storage = open(dir.path()).unwrap();
+            assert_eq!(state(&storage), state(&source), "{ours:?} {theirs:?}");
+            let next = storage.log.get_log_state().await.unwrap().last_log_id.unwrap();
+            assert_eq!(next, id(ours.end.max(50) - 1), "{ours:?} {theirs:?}");
+            commit_from(&mut storage, next.index + 1, 100).await;
+            drop(storage);
+            let mut storage = open(dir.path()).unwrap();
+            catch_up(&mut storage).await;
+            assert_eq!(state(&storage).0, LogIndex(100));
+        }
+        drop(snapshot);
+    });
+}
+
+/// Applies what the log has, then appends and applies up to `end`.
+async fn commit_from(storage: &mut Storage, next: u64, end: u64) {
+    catch_up(storage).await;
+    commit(storage, next..end).await;
+}
+
+#[test]
 fn a_damaged_snapshot_is_set_aside_and_a_good_state_goes_on() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
