@@ -29,6 +29,8 @@ counters! {
     /// Gets answered by this server's own store.
     own_hits,
     own_bytes,
+    /// Gets for which the own disk was late, so that peers were asked.
+    disk_late,
     /// Gets answered by a peer.
     peer_fetches,
     peer_bytes,

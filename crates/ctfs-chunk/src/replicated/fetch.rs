@@ -107,9 +107,10 @@ impl Chunks {
             }
         }
         // The own copy counts as a "no" only when it is certainly not here: a doubtful one may be
-        // readable again later.
+        // readable again later, and one that the disk is slow to read may still come.
+        let store = &self.shared.store;
         let knows_cluster = !cluster.placement.is_empty();
-        if all_said_no && knows_cluster && !self.shared.store.is_doubtful(&id) {
+        if all_said_no && knows_cluster && !store.is_doubtful(&id) && !store.holds(&id) {
             warn!(chunk = %id, asked = asked.len(), "chunk is lost");
             return Err(ChunkError::Lost { id, asked: asked.len() + 1 });
         }

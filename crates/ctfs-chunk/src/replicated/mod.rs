@@ -6,10 +6,12 @@
 //! one chunk on one server at a time. The `serve_*` functions are the other end of peers' calls.
 //!
 //! Every wait has a bound from [`ChunkSettings`]. Reading order: [`peers`] (what is needed of the
-//! network), this file, [`fetch`] (how a chunk is found), [`store`] (how it is stored).
+//! network), this file, [`own`] (reading this server's disk), [`fetch`] (how a chunk is found), [`store`] (how it
+//! is stored).
 
 mod counters;
 mod fetch;
+mod own;
 mod peers;
 mod store;
 #[cfg(test)]
@@ -22,7 +24,6 @@ use ctfs_types::{ChunkId, NodeId, limits::CHUNK_BYTES_MAX};
 use futures_util::future::join_all;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
-use tracing::warn;
 
 pub use self::{
     counters::ChunkCounts,
@@ -31,6 +32,7 @@ pub use self::{
 use self::{
     counters::{Counters, count},
     fetch::Flight,
+    own::DiskReads,
 };
 use crate::{
     Placement,
@@ -39,6 +41,9 @@ use crate::{
 
 #[derive(Debug, Clone)]
 pub struct ChunkSettings {
+    /// How long the own disk may take before peers are asked beside it. 1 s: a busy hard disk is
+    /// faster, and asking costs the network the whole chunk.
+    pub disk_patience: Duration,
     /// A get gives up after this long, whoever is still being asked.
     pub get_deadline: Duration,
     /// The next peer is asked when one has not answered after three round trips, but not before
@@ -55,6 +60,7 @@ pub struct ChunkSettings {
 impl Default for ChunkSettings {
     fn default() -> Self {
         Self {
+            disk_patience: Duration::from_secs(1),
             get_deadline: Duration::from_secs(10),
             hedge_after: Duration::from_millis(30),
             peer_put_deadline: Duration::from_secs(3),
@@ -146,8 +152,6 @@ pub enum Released {
     Missing(Vec<NodeId>),
 }
 
-/// Reads of the own disk at a time; more would only queue in the kernel and take threads.
-const DISK_READS: usize = 32;
 /// Fetched chunks being stored in the background at a time. When there are more, the copy is
 /// left to repair.
 const BACKGROUND_STORES: usize = 16;
@@ -166,7 +170,7 @@ struct Shared {
     cluster: RwLock<Arc<Cluster>>,
     /// Fetches under way.
     flights: Mutex<HashMap<ChunkId, Flight>>,
-    disk_reads: Semaphore,
+    disk_reads: DiskReads,
     background: Arc<Semaphore>,
     counters: Counters,
 }
@@ -188,7 +192,7 @@ impl Chunks {
             settings,
             cluster: RwLock::default(),
             flights: Mutex::default(),
-            disk_reads: Semaphore::new(DISK_READS),
+            disk_reads: DiskReads::default(),
             background: Arc::new(Semaphore::new(BACKGROUND_STORES)),
             counters: Counters::default(),
         };
@@ -226,21 +230,14 @@ impl Chunks {
 
     /// The first `len` bytes of a chunk, which may hold more.
     ///
-    /// From the own store, else from peers: those that should hold it nearest first, then all
+    /// From the own store, else, or when the disk is late, from peers: those that should hold it nearest first, then all
     /// others, the next one whenever one is late. From wherever, the bytes match their name.
     ///
     /// # Errors
     /// [`ChunkError::Unavailable`] within [`ChunkSettings::get_deadline`], [`ChunkError::Lost`],
     /// [`ChunkError::Short`].
     pub async fn get(&self, id: ChunkId, len: u32) -> Result<Bytes, ChunkError> {
-        let bytes = match self.get_own(id).await {
-            Ok(Some(bytes)) => {
-                count(&self.shared.counters.own_hits, 1);
-                count(&self.shared.counters.own_bytes, bytes.len() as u64);
-                bytes
-            }
-            Ok(None) | Err(_) => self.fetch(id).await.inspect_err(|_| count(&self.shared.counters.get_failures, 1))?,
-        };
+        let bytes = self.get_whole(id).await.inspect_err(|_| count(&self.shared.counters.get_failures, 1))?;
         let wanted = len as usize;
         if bytes.len() < wanted {
             return Err(ChunkError::Short { id, got: bytes.len(), wanted });
@@ -311,9 +308,11 @@ impl Chunks {
     /// A peer asks for a chunk.
     ///
     /// # Errors
-    /// [`PeerError::Failed`] when the disk would not read it.
+    /// [`PeerError::Failed`] when the disk would not read it, [`PeerError::Deadline`] when it takes
+    /// longer than a get may: the peer has asked others by then.
     pub async fn serve_get(&self, id: ChunkId) -> Result<Option<Bytes>, PeerError> {
-        let bytes = self.get_own(id).await?;
+        let read = tokio::time::timeout(self.shared.settings.get_deadline, self.get_own(id));
+        let bytes = read.await.map_err(|_| PeerError::Deadline)??;
         if let Some(bytes) = &bytes {
             count(&self.shared.counters.served_gets, 1);
             count(&self.shared.counters.served_get_bytes, bytes.len() as u64);
@@ -348,21 +347,6 @@ impl Chunks {
 
     fn cluster(&self) -> Arc<Cluster> {
         self.shared.cluster.read().clone()
-    }
-
-    /// Reads the own store without blocking the runtime.
-    async fn get_own(&self, id: ChunkId) -> Result<Option<Bytes>, StoreError> {
-        if !self.shared.store.holds(&id) {
-            return Ok(None);
-        }
-        let _read = self.shared.disk_reads.acquire().await.map_err(|e| StoreError::Failed(e.to_string()))?;
-        let store = self.shared.store.clone();
-        let read = tokio::task::spawn_blocking(move || store.get(&id)).await;
-        let bytes = read.unwrap_or_else(|e| Err(StoreError::Failed(format!("read of a chunk was cut off: {e}"))));
-        if let Err(error) = &bytes {
-            warn!(chunk = %id, %error, "could not read the own copy of a chunk");
-        }
-        bytes
     }
 
     /// Stores a fetched chunk that belongs here, unless someone else just did.

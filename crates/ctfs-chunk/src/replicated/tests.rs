@@ -94,9 +94,38 @@ impl Clock for TestClock {
     }
 }
 
+/// A disk whose reads hang while `hung` is locked.
+#[derive(Default)]
+struct SlowDisk {
+    hung: parking_lot::RwLock<()>,
+    reads: AtomicU64,
+}
+
+impl crate::store::Disk for SlowDisk {
+    fn write(&self, file: &std::fs::File, bytes: &[u8], offset: u64) -> std::io::Result<usize> {
+        std::os::unix::fs::FileExt::write_at(file, bytes, offset)
+    }
+
+    fn read(&self, file: &std::fs::File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let _free = self.hung.read();
+        std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+    }
+
+    fn sync(&self, file: &std::fs::File) -> std::io::Result<()> {
+        file.sync_data()
+    }
+
+    fn free(&self, _: &std::path::Path) -> std::io::Result<u64> {
+        Ok(u64::MAX)
+    }
+}
+
 struct Setup {
     world: Arc<World>,
     clock: Arc<TestClock>,
+    /// The disk of server 1.
+    disk: Arc<SlowDisk>,
     _dirs: Vec<TempDir>,
 }
 
@@ -104,12 +133,15 @@ impl Setup {
     fn new(servers: u64) -> Self {
         let world = Arc::new(World::default());
         let clock = Arc::new(TestClock::default());
+        let disk = Arc::new(SlowDisk::default());
         let mut dirs = Vec::new();
         for node in 1..=servers {
             let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
             let settings = StoreSettings { reserve_bytes: 0, ..StoreSettings::with_capacity(64 << 20) };
-            let store = ChunkStore::open_with(dir.path(), settings, clock.clone()).unwrap();
+            let disk = if node == 1 { disk.clone() } else { Arc::default() };
+            let store = ChunkStore::open_on(dir.path(), settings, clock.clone(), disk).unwrap();
             let settings = ChunkSettings {
+                disk_patience: Duration::from_millis(50),
                 get_deadline: Duration::from_millis(1500),
                 hedge_after: Duration::from_millis(20),
                 peer_put_deadline: Duration::from_millis(300),
@@ -122,7 +154,7 @@ impl Setup {
             world.servers.lock().insert(NodeId(node), (chunks, Mood::Fine));
             dirs.push(dir);
         }
-        Self { world, clock, _dirs: dirs }
+        Self { world, clock, disk, _dirs: dirs }
     }
 
     fn server(&self, node: impl Into<u64>) -> Chunks {
@@ -394,4 +426,62 @@ async fn locate_asks_everyone() {
         };
         assert_eq!(located, expected, "{node}");
     }
+}
+
+/// Stores `count` chunks on every server.
+async fn everywhere(setup: &Setup, servers: u64, count: u64) -> Vec<(ChunkId, Bytes)> {
+    let mut chunks = Vec::new();
+    for n in 0..count {
+        let bytes = body(7000 + n);
+        let id = id_of(&bytes);
+        for node in 1..=servers {
+            setup.server(node).store().put(id, bytes.clone()).await.unwrap();
+        }
+        chunks.push((id, bytes));
+    }
+    chunks
+}
+
+#[tokio::test]
+async fn a_hung_disk_does_not_keep_a_read_from_the_copy_of_a_peer() {
+    let setup = Setup::new(3);
+    let chunks = everywhere(&setup, 3, 60).await;
+    let server = setup.server(1u64);
+    let hung = setup.disk.hung.write();
+    for (id, bytes) in &chunks {
+        assert_eq!(server.get(*id, 4000).await.unwrap(), *bytes);
+    }
+    let counts = server.counts();
+    assert_eq!((counts.disk_late, counts.peer_fetches, counts.own_hits), (60, 60, 0));
+    assert!(setup.disk.reads.load(Ordering::SeqCst) <= 32, "threads that a hung disk holds");
+    drop(hung);
+}
+
+#[tokio::test]
+async fn a_slow_disk_is_waited_for_when_nobody_else_has_the_chunk() {
+    for servers in [1, 3] {
+        let setup = Setup::new(servers);
+        let (id, bytes) = everywhere(&setup, 1, 1).await.remove(0);
+        let server = setup.server(1u64);
+        let hung = setup.disk.hung.write();
+        let reader = tokio::spawn(async move { server.get(id, 4000).await });
+        // Peers have been asked by now, and have said no.
+        while setup.server(1u64).counts().disk_late == 0 || setup.world.gets.load(Ordering::SeqCst) < servers - 1 {
+            tokio::task::yield_now().await;
+        }
+        drop(hung);
+        assert_eq!(reader.await.unwrap().unwrap(), bytes);
+    }
+}
+
+#[tokio::test]
+async fn a_hung_disk_that_alone_has_a_chunk_ends_the_read_in_time_and_is_named() {
+    let setup = Setup::new(2);
+    let (id, _) = everywhere(&setup, 1, 1).await.remove(0);
+    let hung = setup.disk.hung.write();
+    let failed = setup.server(1u64).get(id, 4000).await.unwrap_err();
+    let ChunkError::Unavailable { reasons, .. } = failed else { panic!("a chunk that may come is not lost: {failed:?}") };
+    assert!(reasons.0.iter().any(|(node, why)| *node == NodeId(1) && why.contains("disk")), "{reasons}");
+    assert_eq!(setup.server(1u64).serve_get(id).await, Err(PeerError::Deadline));
+    drop(hung);
 }

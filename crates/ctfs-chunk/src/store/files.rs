@@ -27,9 +27,13 @@ use super::{
     state::State,
 };
 
-/// Writing, as the store needs it: the real disk, or one in a test that fails.
+/// What the store asks of its disk: the real one, or one in a test that fails or hangs.
 pub trait Disk: Send + Sync + 'static {
     fn write(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    /// Fills `bytes`; what does not reach so far is an [`io::ErrorKind::UnexpectedEof`].
+    fn read(&self, file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        file.read_exact_at(bytes, offset)
+    }
     /// Makes the file's bytes and length durable.
     fn sync(&self, file: &File) -> io::Result<()>;
     /// Bytes an unprivileged program may still write to the file system of `dir`.

@@ -45,8 +45,9 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::warn;
 
 pub use self::care::{Compacted, Scrubbed};
+pub(crate) use self::files::Disk;
 use self::{
-    files::{Disk, Files, RealDisk},
+    files::{Files, RealDisk},
     frame::Frame,
     state::{Location, State},
     writer::{Job, Writer},
@@ -227,7 +228,7 @@ impl ChunkStore {
         Self::open_on(dir, settings, clock, Arc::new(RealDisk))
     }
 
-    fn open_on(
+    pub(crate) fn open_on(
         dir: &Path,
         mut settings: StoreSettings,
         clock: Arc<dyn Clock>,
@@ -483,10 +484,9 @@ impl Shared {
     }
 
     fn read_at(&self, id: &ChunkId, location: &Location, salt: u64) -> io::Result<Option<Frame>> {
-        use std::os::unix::fs::FileExt;
         let file = self.files.handle(location.segment)?;
         let mut bytes = vec![0; location.frame_len() as usize];
-        match file.read_exact_at(&mut bytes, u64::from(location.offset)) {
+        match self.disk.read(&file, &mut bytes, u64::from(location.offset)) {
             Ok(()) => Ok(Frame::read(bytes, salt, u64::from(location.offset), id)),
             // The file is shorter than it was: the chunk is gone, which is damage.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
