@@ -2,6 +2,8 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    os::unix::fs::MetadataExt,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -85,6 +87,12 @@ fn mountpoint_problem(path: &std::path::Path, error: &ctfs_fuse::MountError) -> 
     Problem::new(code, error.to_string()).try_next("choose an empty directory that is not mounted")
 }
 
+/// Whether two directories are on one file system, so that what the one takes the other lacks.
+fn same_disk(a: &Path, b: &Path) -> bool {
+    let disk = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev());
+    matches!((disk(a), disk(b)), (Ok(a), Ok(b)) if a == b)
+}
+
 /// A taken port is noticed before a cluster is made or a token used up.
 fn port_is_free(listen: SocketAddr) -> Result<(), Problem> {
     match std::net::UdpSocket::bind(listen) {
@@ -108,6 +116,10 @@ impl Node {
     /// # Errors
     /// A [`Problem`] for the person who asked; nothing that existed before is lost.
     pub async fn start(settings: NodeSettings) -> Result<Arc<Self>, Problem> {
+        // Before the first write to STATE: where both are on a full disk, this is what makes room.
+        if let Err(error) = CacheTier::wipe(&settings.cache_dir) {
+            tracing::warn!(%error, dir = %settings.cache_dir.display(), "cannot empty the cache yet");
+        }
         let state = StateDir::open(&settings.state)?;
         let mut settings = settings;
         port_is_free(settings.listen)?;
@@ -155,7 +167,7 @@ impl Node {
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
         let vfs = Vfs::new(metadata, cluster_chunks, tier, VfsSettings::default());
-        figures.watch_cache(vfs.clone());
+        figures.watch_cache(vfs.clone(), same_disk(&settings.cache_dir, &state.join("chunks")));
         events.tell_vfs(vfs.clone());
         services.serve_vfs(vfs.clone());
 

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_chunk::{ChunkStore, Placement};
+use ctfs_chunk::{ChunkStore, Placement, TierUsage, Usage};
 use ctfs_consensus::Consensus;
 use ctfs_meta::MemberState;
 use ctfs_net::Network;
@@ -34,7 +34,8 @@ pub struct Figures {
     network: Network,
     consensus: Consensus,
     store: Arc<ChunkStore>,
-    vfs: OnceLock<Arc<Vfs>>,
+    /// The file system, and whether its cache is on the disk of the chunk store.
+    vfs: OnceLock<(Arc<Vfs>, bool)>,
     node: NodeId,
     repair: OnceLock<Arc<Repair>>,
     others: Mutex<BTreeMap<NodeId, (Instant, ServerFigures)>>,
@@ -61,21 +62,31 @@ impl Figures {
         assert!(self.repair.set(repair).is_ok(), "repair starts once");
     }
 
-    pub fn watch_cache(&self, vfs: Arc<Vfs>) {
-        assert!(self.vfs.set(vfs).is_ok(), "the file system starts once");
+    /// `same_disk`: the cache is on the disk of the chunk store.
+    pub fn watch_cache(&self, vfs: Arc<Vfs>, same_disk: bool) {
+        assert!(self.vfs.set((vfs, same_disk)).is_ok(), "the file system starts once");
+    }
+
+    fn cache(&self) -> Option<(TierUsage, bool)> {
+        self.vfs.get().map(|(vfs, same_disk)| (vfs.content().usage(), *same_disk))
     }
 
     /// This server's own figures.
     pub fn local(&self) -> ServerFigures {
-        let cache = self.vfs.get().map(|vfs| vfs.content().usage()).unwrap_or_default();
+        let cache = self.cache();
         let store = self.store.usage();
+        let store_free = match cache {
+            Some((cache, true)) => free_beside_cache(&store, &cache),
+            _ => store.free,
+        };
+        let cache = cache.map(|(usage, _)| usage).unwrap_or_default();
         ServerFigures {
             applied: self.consensus.applied().borrow().0,
             cache_used: cache.clean + cache.dirty,
             cache_limit: cache.limit,
             store_used: store.stored,
             store_capacity: store.capacity,
-            store_free: store.free,
+            store_free,
             chunks: store.chunks,
             missing: self.repair.get().map_or(0, |repair| repair.missing()),
             walked: self.repair.get().map_or(0, |repair| repair.progress().walked_for.load(Relaxed)),
@@ -134,10 +145,18 @@ impl Figures {
         }
         drop(others);
         let copies = Placement::copies_for(0, free.len()).max(1);
-        let available = logical_bytes_free(&free, copies);
+        // What is written here passes through this server's cache.
+        let refuses = self.cache().is_some_and(|(cache, _)| cache.room == 0 && cache.dirty == 0);
+        let available = if refuses { 0 } else { logical_bytes_free(&free, copies) };
         let taken = used.iter().sum::<u64>() / copies as u64;
         *self.space.lock() = SpaceReport { total: taken + available, free: available, available, files: FREE_FILES };
     }
+}
+
+/// What the chunk store may still take of a disk that it shares with the cache. Cached bytes give
+/// way to chunks; the cache's reserve is the larger one, and below it no write is taken.
+fn free_beside_cache(store: &Usage, cache: &TierUsage) -> u64 {
+    store.capacity.saturating_sub(store.stored).min(cache.room)
 }
 
 /// Bytes of content that fit when each is stored on `copies` different servers with this much
@@ -168,6 +187,15 @@ impl Repair {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cached_bytes_count_as_room_for_chunks_and_the_reserve_of_the_cache_does_not() {
+        let store = |stored| Usage { stored, capacity: 1000, free: 10, ..Usage::default() };
+        let cache = |room| TierUsage { room, clean: 300, ..TierUsage::default() };
+        assert_eq!(free_beside_cache(&store(100), &cache(310)), 310);
+        assert_eq!(free_beside_cache(&store(100), &cache(0)), 0, "the store's own reserve is smaller");
+        assert_eq!(free_beside_cache(&store(900), &cache(310)), 100, "the capacity holds");
+    }
 
     #[test]
     fn one_full_server_of_three_leaves_no_room_for_three_copies() {
