@@ -42,12 +42,14 @@ pub enum Op {
     // Bytes.
     /// Commits flushed cells. All cells are checked before any is changed.
     Write { ino: Ino, cells: Vec<CellWrite>, size_at_least: u64, mtime: Option<Timestamp>, drop_privileges: bool },
-    /// Makes whole cells holes; the size stays.
+    /// Makes whole cells holes; the size stays. As with shrinking, only so many cells are freed at
+    /// once; the others read as holes and are freed by [`Op::FreeCells`].
     Punch { ino: Ino, first: CellIndex, cells: u64 },
     /// Shares whole cells of `source` with `ino` (copy_file_range, reflink). Where `size_at_least`
     /// ends inside the last cell, `ino` must not go on behind it: [`crate::MetaError::CellChanged`].
     CloneCells { source: Ino, first: CellIndex, ino: Ino, to: CellIndex, cells: u64, size_at_least: u64 },
-    /// Drops inodes without links that no server has open any more.
+    /// Drops inodes without links that no server has open any more. Cells beyond what one command
+    /// frees are left to [`Op::FreeCells`].
     Reap { inos: Vec<Ino> },
     /// Second phase of garbage collection: forgets chunks whose count is still zero.
     ForgetChunks { chunks: Vec<ChunkId> },
@@ -72,6 +74,11 @@ pub enum Op {
     /// For good: the member's key is never accepted again.
     RemoveMember { node: NodeId },
     SetPolicy { ino: Ino, policy: Policy },
+
+    // Last, because a variant's number is part of the format.
+    /// Goes on freeing cells that earlier commands took away ([`crate::Namespace::unfreed`]), of
+    /// inodes that are there or gone, open or not: nothing that can be read changes.
+    FreeCells { inos: Vec<Ino> },
 }
 
 /// Who the cluster is, replicated so that every server can sign joiners.

@@ -5,7 +5,7 @@ use ctfs_types::{
     limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX},
 };
 
-use super::{Apply, ChunkRecord, keys, records::Inode, txn::Outcome};
+use super::{Apply, ChunkRecord, cuts::is_dead, keys, records::Inode, txn::Outcome};
 use crate::{CellWrite, Change, MetaError, Reply};
 
 /// Writers keep content of up to `INLINE_BYTES_MAX` inline; a little more is let through so that
@@ -18,8 +18,13 @@ impl Apply<'_, '_> {
         if inode.kind == FileKind::File { Ok(inode) } else { Err(MetaError::WrongKind(ino).into()) }
     }
 
+    /// What the cell holds; nothing if that is dead.
     fn extent(&mut self, ino: Ino, cell: CellIndex) -> Outcome<Option<Extent>> {
-        Ok(self.txn.get(&keys::cell(ino, cell))?)
+        let extent: Option<Extent> = self.txn.get(&keys::cell(ino, cell))?;
+        match extent {
+            Some(extent) if !is_dead(&self.cuts(ino)?, cell, extent.stamp) => Ok(Some(extent)),
+            _ => Ok(None),
+        }
     }
 
     pub(super) fn may_have_size(&mut self, ino: Ino, inode: &Inode, size: u64) -> Outcome<()> {
@@ -86,13 +91,13 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
-    /// Replaces one cell; counts of chunks and allocated bytes follow. Data past the end of the
+    /// Replaces one cell, dead or not; counts of chunks and allocated bytes follow. Data past the end of the
     /// file is cut off, because growing the file later must show zeros there.
     fn set_cell(&mut self, ino: Ino, inode: &mut Inode, cell: CellIndex, extent: Option<Extent>, copies: u8) -> Outcome<()> {
         let full = extent.as_ref().map_or(0, |extent| extent.data.len());
         let room = inode.size.saturating_sub(inode.cell.start_of(cell));
         let extent = extent.and_then(|extent| cut(extent, room));
-        let old = self.extent(ino, cell)?;
+        let old: Option<Extent> = self.txn.get(&keys::cell(ino, cell))?;
         // Up before down, so that a chunk named by both is never condemned in between.
         if let Some(id) = extent.as_ref().and_then(Extent::chunk) {
             self.name_chunk(id, full, copies)?;
@@ -115,13 +120,15 @@ impl Apply<'_, '_> {
         inode.size = size;
         inode.data_version = self.index.0;
         if size < old_size {
-            let first = inode.cell.cell_of(size);
-            for (cell, extent) in self.cells_from(ino, first, u64::MAX)? {
-                let room = size.saturating_sub(inode.cell.start_of(cell));
-                if u64::from(extent.end()) > room {
-                    self.shorten_cell(ino, inode, cell, extent, room)?;
+            let mut first = inode.cell.cell_of(size);
+            let room = inode.cell.within(size);
+            if room > 0 {
+                if let Some(extent) = self.extent(ino, first)?.filter(|extent| u64::from(extent.end()) > room) {
+                    self.shorten_cell(ino, inode, first, extent, room)?;
                 }
+                first += 1;
             }
+            self.take_away(ino, inode, first, u64::MAX)?;
             self.changed(Change::Data { ino, offset: size, len: u64::MAX });
         } else if size > old_size {
             self.changed(Change::Data { ino, offset: old_size, len: size - old_size });
@@ -147,15 +154,17 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
+    /// Cells of a range, dead ones left out.
     fn cells_from(&mut self, ino: Ino, first: CellIndex, cells: u64) -> Outcome<Vec<(CellIndex, Extent)>> {
-        let to = match first.checked_add(cells) {
-            Some(end) => keys::cell(ino, end),
-            None => keys::under(keys::CELL, &[ino.0]).1,
-        };
+        let to = keys::cells_end(ino, first.saturating_add(cells));
+        let cuts = self.cuts(ino)?;
         let mut found = Vec::new();
         for (key, value) in self.txn.scan(&keys::cell(ino, first), &to, usize::MAX)? {
             let cell = keys::number_at(&key, 9).expect("cell keys end in their index");
-            found.push((cell, super::records::decode(&key, &value)?));
+            let extent: Extent = super::records::decode(&key, &value)?;
+            if !is_dead(&cuts, cell, extent.stamp) {
+                found.push((cell, extent));
+            }
         }
         Ok(found)
     }
@@ -163,9 +172,7 @@ impl Apply<'_, '_> {
     pub(super) fn punch(&mut self, ino: Ino, first: CellIndex, cells: u64) -> Outcome<Reply> {
         let mut inode = self.file(ino)?;
         let before = inode.contribution();
-        for (cell, _) in self.cells_from(ino, first, cells)? {
-            self.set_cell(ino, &mut inode, cell, None, 0)?;
-        }
+        self.take_away(ino, &mut inode, first, first.saturating_add(cells))?;
         (inode.mtime, inode.ctime) = (self.at, self.at);
         inode.data_version = self.index.0;
         self.put_counted(ino, before, &inode)?;
@@ -241,12 +248,10 @@ impl Apply<'_, '_> {
             if self.txn.get::<()>(&keys::orphan(ino))?.is_none() {
                 continue;
             }
-            for (cell, extent) in self.cells_from(ino, 0, u64::MAX)? {
-                if let Some(id) = extent.chunk() {
-                    self.unname_chunk(id)?;
-                }
-                self.txn.delete(keys::cell(ino, cell));
-            }
+            // The inode goes at once. Its number never comes back, so nobody asks for cells that
+            // are left.
+            let mut inode = self.inode(ino)?;
+            self.take_away(ino, &mut inode, 0, u64::MAX)?;
             let (from, to) = keys::under(keys::XATTR, &[ino.0]);
             for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
                 self.txn.delete(key);
@@ -288,7 +293,7 @@ impl Apply<'_, '_> {
         Ok(record.map_or(0, |record| record.copies))
     }
 
-    fn unname_chunk(&mut self, id: ChunkId) -> Outcome<()> {
+    pub(super) fn unname_chunk(&mut self, id: ChunkId) -> Outcome<()> {
         let key = keys::chunk(&id);
         let mut record: ChunkRecord = self.txn.get(&key)?.expect("a chunk named by a cell has a record");
         record.references -= 1;
@@ -339,7 +344,7 @@ fn cut(extent: Extent, room: u64) -> Option<Extent> {
 }
 
 /// What the extent adds to `st_blocks`: whole 4 KiB blocks, or 512-byte sectors when inline.
-fn allocated(extent: &Extent) -> u64 {
+pub(super) fn allocated(extent: &Extent) -> u64 {
     let unit = match extent.data {
         ExtentData::Inline(_) => 512,
         ExtentData::Chunk { .. } => 4096,

@@ -20,6 +20,7 @@ pub const CLUSTER: u8 = 15;
 pub const VERDICT: u8 = 16;
 pub const COUNTERS: u8 = 17;
 pub const STATE_HASH: u8 = 18;
+pub const CUTS: u8 = 19;
 /// Keys from here on belong to whoever owns the store.
 pub const CALLER: u8 = 0xff;
 
@@ -58,6 +59,16 @@ pub fn xattr(ino: Ino, name: &[u8]) -> Key {
 
 pub fn cell(ino: Ino, cell: CellIndex) -> Key {
     key(CELL, &[ino.0, cell], &[])
+}
+
+/// One past the cells of an inode below `end`; `u64::MAX` is past all of them.
+pub fn cells_end(ino: Ino, end: CellIndex) -> Key {
+    if end == u64::MAX { under(CELL, &[ino.0]).1 } else { cell(ino, end) }
+}
+
+/// Cells of an inode that were taken away and are not freed yet.
+pub fn cuts(ino: Ino) -> Key {
+    key(CUTS, &[ino.0], &[])
 }
 
 pub fn chunk(id: &ChunkId) -> Key {

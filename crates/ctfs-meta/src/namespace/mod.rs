@@ -8,6 +8,7 @@ mod acl;
 mod attrs;
 mod bytes;
 mod cluster;
+mod cuts;
 mod keys;
 mod locks;
 mod names;
@@ -15,10 +16,13 @@ mod reads;
 mod records;
 mod txn;
 
+use std::collections::BTreeMap;
+
 use ctfs_types::{FileKind, FileName, Ino, LogIndex, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use self::{
+    cuts::{CELLS_FREED_MAX, Cut},
     records::{Counters, Dir, Inode},
     txn::{Fail, Outcome, Txn},
 };
@@ -32,6 +36,10 @@ pub struct Namespace {
     store: Box<dyn Store>,
     counters: Counters,
     hash: u128,
+    /// The records of this kind once more, because each read of a cell asks for them. Mostly empty.
+    cuts: BTreeMap<Ino, Vec<Cut>>,
+    /// [`CELLS_FREED_MAX`]; less in tests.
+    freed_max: usize,
 }
 
 /// What applying one log entry gave.
@@ -104,6 +112,8 @@ struct Apply<'a, 'b> {
     counters: &'a mut Counters,
     index: LogIndex,
     at: Timestamp,
+    /// Cells that the command may still free.
+    freed_max: usize,
 }
 
 impl Namespace {
@@ -112,11 +122,12 @@ impl Namespace {
     pub fn open(store: Box<dyn Store>) -> Result<Self, StoreError> {
         let counters = store.get(&keys::counters())?;
         let hash = store.get(&keys::state_hash())?;
-        let mut namespace = Self { store, counters: Counters::default(), hash: 0 };
+        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), freed_max: CELLS_FREED_MAX };
         match (counters, hash) {
             (Some(counters), Some(hash)) => {
                 namespace.counters = records::decode(&keys::counters(), &counters)?;
                 namespace.hash = records::decode(&keys::state_hash(), &hash)?;
+                namespace.cuts = namespace.stored_cuts()?;
             }
             (None, None) => namespace.make_root()?,
             _ => {
@@ -154,6 +165,13 @@ impl Namespace {
         self.hash = difference;
         batch.insert(keys::state_hash(), Some(records::encode(&self.hash)));
         self.store.write(batch)
+    }
+
+    /// The same with another bound on the cells that one command frees.
+    #[cfg(test)]
+    pub(crate) fn freeing_at_most(mut self, cells: usize) -> Self {
+        self.freed_max = cells;
+        self
     }
 
     /// The index of the last applied entry.
@@ -194,7 +212,7 @@ impl Namespace {
         let mut counters = self.counters.clone();
         let mut applied = Applied::default();
         for command in commands {
-            let verdict = run(&mut txn, &mut counters, index, command)?;
+            let verdict = run(&mut txn, &mut counters, index, command, self.freed_max)?;
             let changes = txn.keep();
             applied.changes.extend(changes.into_iter().map(|change| (command.request.client, change)));
             applied.verdicts.push(verdict);
@@ -209,7 +227,19 @@ impl Namespace {
             assert_eq!(key.first(), Some(&keys::CALLER), "the caller's records stand apart from the state");
             batch.insert(key, value);
         }
+        let (from, to) = keys::under(keys::CUTS, &[]);
+        let mut moved = Vec::new();
+        for (key, value) in batch.range(from..to) {
+            let ino = keys::number_at(key, 1).map(Ino).expect("keys of cuts hold an inode's number");
+            moved.push((ino, value.as_ref().map(|value| records::decode(key, value)).transpose()?));
+        }
         self.store.write(batch)?;
+        for (ino, cuts) in moved {
+            match cuts {
+                Some(cuts) => self.cuts.insert(ino, cuts),
+                None => self.cuts.remove(&ino),
+            };
+        }
         self.counters = counters;
         self.hash = hash;
         Ok(applied)
@@ -217,7 +247,13 @@ impl Namespace {
 }
 
 /// Applies one command unless its request was applied before, and remembers the verdict.
-fn run(txn: &mut Txn<'_>, counters: &mut Counters, index: LogIndex, command: &Command) -> Result<Result<Reply, MetaError>, StoreError> {
+fn run(
+    txn: &mut Txn<'_>,
+    counters: &mut Counters,
+    index: LogIndex,
+    command: &Command,
+    freed_max: usize,
+) -> Result<Result<Reply, MetaError>, StoreError> {
     let request = command.request;
     let key = keys::verdict(request.client, request.seq);
     if let Some(verdict) = txn.get(&key)? {
@@ -229,7 +265,7 @@ fn run(txn: &mut Txn<'_>, counters: &mut Counters, index: LogIndex, command: &Co
         return Ok(Err(MetaError::Answered));
     }
     let before = counters.clone();
-    let outcome = Apply { txn, counters, index, at: command.at }.dispatch(&command.op);
+    let outcome = Apply { txn, counters, index, at: command.at, freed_max }.dispatch(&command.op);
     let verdict = match outcome {
         Ok(reply) => Ok(reply),
         Err(Fail::Verdict(verdict)) => {
@@ -286,6 +322,7 @@ impl Apply<'_, '_> {
             Op::SetMemberState { node, state } => self.set_member_state(*node, *state),
             Op::RemoveMember { node } => self.remove_member(*node),
             Op::SetPolicy { ino, policy } => self.set_policy(*ino, *policy),
+            Op::FreeCells { inos } => self.free_cells(inos),
         }
     }
 

@@ -1,13 +1,15 @@
 //! What everybody else asks of the namespace. Each answer sees one applied index, because the
 //! caller holds the lock.
 
-use std::ops::ControlFlow;
+use std::{collections::BTreeMap, ops::ControlFlow};
 
 use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, Ino, NodeId, Timestamp};
 use serde::de::DeserializeOwned;
 
 use super::{
-    ChunkRecord, DirEntry, Namespace, Totals, keys, locks,
+    ChunkRecord, DirEntry, Namespace, Totals,
+    cuts::{Cut, is_dead},
+    keys, locks,
     records::{self, CookieEntry, Dentry, Inode},
 };
 use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, Member, Policy, StoreError, TokenRecord};
@@ -97,18 +99,37 @@ impl Namespace {
 
     /// Extents of the cells in `[first, first + cells)`, in order, holes left out.
     pub fn cells(&self, ino: Ino, first: CellIndex, cells: u64) -> Read<Vec<Cell>> {
+        let cuts = self.cuts.get(&ino).map_or(&[][..], Vec::as_slice);
         if cells == 1 {
             let extent: Option<Extent> = self.record(&keys::cell(ino, first))?;
+            let extent = extent.filter(|extent| !is_dead(cuts, first, extent.stamp));
             return Ok(extent.map(|extent| Cell { index: first, extent }).into_iter().collect());
         }
-        let to = match first.checked_add(cells) {
-            Some(end) => keys::cell(ino, end),
-            None => keys::under(keys::CELL, &[ino.0]).1,
-        };
+        let to = keys::cells_end(ino, first.saturating_add(cells));
         let mut found = Vec::new();
         self.each(&keys::cell(ino, first), &to, |key, value| {
             let index = keys::number_at(key, 9).expect("cell keys end in their index");
-            found.push(Cell { index, extent: records::decode(key, value)? });
+            let extent: Extent = records::decode(key, value)?;
+            if !is_dead(cuts, index, extent.stamp) {
+                found.push(Cell { index, extent });
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    /// Up to `limit` inodes with cells that were taken away and are not freed yet: what
+    /// [`crate::Op::FreeCells`] shall go on with. Some may be gone themselves.
+    pub fn unfreed(&self, limit: usize) -> Vec<Ino> {
+        self.cuts.keys().copied().take(limit).collect()
+    }
+
+    pub(super) fn stored_cuts(&self) -> Read<BTreeMap<Ino, Vec<Cut>>> {
+        let (from, to) = keys::under(keys::CUTS, &[]);
+        let mut found = BTreeMap::new();
+        self.each(&from, &to, |key, value| {
+            let damaged = || StoreError::Corrupt { key: key.to_vec(), why: "not cuts of an inode".into() };
+            found.insert(Ino(keys::number_at(key, 1).ok_or_else(damaged)?), records::decode(key, value)?);
             Ok(ControlFlow::Continue(()))
         })?;
         Ok(found)
@@ -272,8 +293,11 @@ impl Namespace {
         let mut found = None;
         self.each(&from, &to, |key, value| {
             let extent: Extent = records::decode(key, value)?;
-            if extent.chunk() == Some(*id) {
-                found = keys::number_at(key, 1).map(Ino);
+            if extent.chunk() == Some(*id)
+                && let (Some(ino), Some(cell)) = (keys::number_at(key, 1).map(Ino), keys::number_at(key, 9))
+                && !self.cuts.get(&ino).is_some_and(|cuts| is_dead(cuts, cell, extent.stamp))
+            {
+                found = Some(ino);
                 return Ok(ControlFlow::Break(()));
             }
             Ok(ControlFlow::Continue(()))

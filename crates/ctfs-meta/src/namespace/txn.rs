@@ -122,6 +122,14 @@ impl<'a> Txn<'a> {
         Ok(found)
     }
 
+    /// Records with `from <= key < to` that this entry wrote and not deleted since.
+    pub fn written(&self, from: &[u8], to: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let range = from.to_vec()..to.to_vec();
+        let mut written: BTreeMap<&Vec<u8>, &Option<Vec<u8>>> = self.entry.range(range.clone()).collect();
+        written.extend(self.command.range(range));
+        written.into_iter().filter_map(|(key, value)| Some((key.clone(), value.clone()?))).collect()
+    }
+
     /// The writes of the whole entry, and how they change the state hash.
     pub fn finish(mut self) -> Result<(Batch, u128), StoreError> {
         assert!(self.command.is_empty(), "each command was kept or discarded");

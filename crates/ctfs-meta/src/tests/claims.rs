@@ -4,6 +4,7 @@ mod acl;
 mod attrs;
 mod bytes;
 mod cluster;
+mod cuts;
 mod locks;
 mod names;
 mod requests;

@@ -4,12 +4,12 @@ use ctfs_types::{LogIndex, RequestId};
 use proptest::prelude::*;
 
 use super::{
-    harness::{CLIENT, Verdict, Volume, dump, time},
+    harness::{CLIENT, Verdict, Volume, copy, time},
     model::Model,
     observe::observe,
-    steps::{Step, resolve, steps},
+    steps::{Action, Step, resolve, steps},
 };
-use crate::{Batch, Command, MemoryStore, Namespace, Op, Reply, Store};
+use crate::{Batch, Command, Op, Reply};
 
 /// The commands a workload makes when each is an entry of its own, and their verdicts.
 fn record(steps: &[Step]) -> (Volume, Vec<Command>, Vec<Verdict>) {
@@ -109,6 +109,26 @@ proptest! {
         prop_assert_eq!(observe(&packed.ns).without_indexes(), observe(&alone.ns).without_indexes());
     }
 
+    /// In one entry cells may be written, cut off, and written again, all with one stamp.
+    #[test]
+    fn packing_makes_no_difference_either_while_cells_wait_to_be_freed(
+        steps in steps(150),
+        sizes in proptest::collection::vec(1..9usize, 1..6),
+        cells in 1..4usize,
+    ) {
+        let steps: Vec<Step> = steps.into_iter().filter(|step| !matches!(step.0, Action::Forget)).collect();
+        let (alone, commands, verdicts) = record(&steps);
+        let mut packed = Volume::freeing_at_most(cells);
+        let mut entries = pack(&commands, &sizes);
+        expect_as_packed(&mut entries, &verdicts);
+        entries.iter().for_each(|entry| drop(packed.apply(entry)));
+        let tree = |volume: &Volume| observe(&volume.ns).without_indexes();
+        prop_assert_eq!(tree(&packed).without_space(), tree(&alone).without_space());
+        packed.ticks = commands.len() as u64;
+        packed.free_all();
+        prop_assert_eq!(tree(&packed).without_condemnations(), tree(&alone).without_condemnations());
+    }
+
     #[test]
     fn a_replica_that_restarted_anywhere_stays_equal(steps in steps(60), at in any::<prop::sample::Index>()) {
         let (whole, commands, _) = record(&steps);
@@ -127,13 +147,6 @@ proptest! {
         prop_assert_eq!(second.ns.state_hash(), whole.ns.state_hash());
         prop_assert_eq!(second.records(), whole.records());
     }
-}
-
-fn copy(ns: &Namespace) -> MemoryStore {
-    let mut store = MemoryStore::default();
-    let batch = dump(ns.store(), &[0xff; 40]).into_iter().map(|(key, value)| (key, Some(value))).collect();
-    store.write(batch).expect("memory store");
-    store
 }
 
 #[test]

@@ -46,6 +46,27 @@ impl Volume {
         Self { ns, ticks, changes: Vec::new(), writes }
     }
 
+    /// A volume of which one command frees no more than so many cells.
+    pub fn freeing_at_most(cells: usize) -> Self {
+        let mut volume = Self::new();
+        volume.ns = volume.ns.freeing_at_most(cells);
+        volume
+    }
+
+    /// Frees what earlier commands left behind, one command at a time; answers how many it took.
+    pub fn free_all(&mut self) -> u64 {
+        let mut commands = 0;
+        loop {
+            let inos = self.ns.unfreed(2);
+            if inos.is_empty() {
+                return commands;
+            }
+            self.ok(Op::FreeCells { inos });
+            commands += 1;
+            assert!(commands < 1000, "freeing ends");
+        }
+    }
+
     /// The time of the last command.
     pub fn now(&self) -> Timestamp {
         time(self.ticks)
@@ -185,6 +206,14 @@ pub fn dump(store: &dyn Store, to: &[u8]) -> BTreeMap<Vec<u8>, Vec<u8>> {
     };
     store.range(&[], to, &mut keep).expect("memory store");
     records
+}
+
+/// What a namespace leaves on disk.
+pub fn copy(ns: &Namespace) -> MemoryStore {
+    let mut store = MemoryStore::default();
+    let batch = dump(ns.store(), &[0xff; 40]).into_iter().map(|(key, value)| (key, Some(value))).collect();
+    store.write(batch).expect("memory store");
+    store
 }
 
 /// Counts the batches written.

@@ -6,12 +6,55 @@ use ctfs_types::{FileKind, Ino, LogIndex};
 use proptest::prelude::*;
 
 use super::{
-    harness::Volume,
+    harness::{Volume, copy},
     model::{Model, gives_reason},
     observe::{Tree, observe},
-    steps::{Step, resolve, steps},
+    steps::{Action, Step, resolve, steps},
 };
 use crate::{Change, Op, Reply};
+
+/// The same with so few cells freed by one command that most cuts leave some behind, and with
+/// commands that free them in between. What can be seen of bytes and sizes is at every moment what
+/// the model says; chunks and space are so once all is freed.
+fn run_freeing_at_most(cells: usize, steps: &[Step]) -> Result<(), TestCaseError> {
+    let mut real = Volume::freeing_at_most(cells);
+    let mut model = Model::new();
+    let seen = |tree: Tree| forget_versions(tree).without_space();
+    for (number, step) in steps.iter().enumerate() {
+        // What the model forgets at once may still be named by a dead cell.
+        if matches!(step.0, Action::Forget) {
+            continue;
+        }
+        let op = resolve(&model, *step);
+        let before = observe(&real.ns);
+        let verdict = real.run(op.clone());
+        let expected = model.run(&op, real.now(), real.ns.applied());
+        prop_assert_eq!(verdict.is_ok(), expected.is_ok(), "step {} {:?}: {:?}", number, op, verdict);
+        let after = observe(&real.ns);
+        prop_assert_eq!(seen(after.clone()), seen(model.tree()), "tree after step {} {:?}", number, op);
+        check_changes(&op, &before, &after, &real.changes)?;
+        if step.1[7] % 4 == 0 {
+            let inos = real.ns.unfreed(2);
+            let op = Op::FreeCells { inos };
+            real.ok(op.clone());
+            let freed = observe(&real.ns);
+            prop_assert_eq!(seen(freed.clone()), seen(model.tree()), "tree after freeing, step {}", number);
+            check_changes(&op, &after, &freed, &real.changes)?;
+        }
+        if step.1[7] % 16 == 1 {
+            // A replica that restarts, or that a snapshot is sent to.
+            let ticks = real.ticks;
+            real = Volume::over(copy(&real.ns));
+            real.ns = real.ns.freeing_at_most(cells);
+            real.ticks = ticks;
+            prop_assert_eq!(seen(observe(&real.ns)), seen(model.tree()), "tree after a restart, step {}", number);
+        }
+    }
+    real.free_all();
+    let all = |tree: Tree| forget_versions(tree).without_condemnations();
+    prop_assert_eq!(all(observe(&real.ns)), all(model.tree()), "once all is freed");
+    Ok(())
+}
 
 fn run(steps: &[Step]) -> Result<(), TestCaseError> {
     let mut real = Volume::new();
@@ -143,5 +186,10 @@ proptest! {
     #[test]
     fn namespace_agrees_with_model(steps in steps(120)) {
         run(&steps)?;
+    }
+
+    #[test]
+    fn what_is_freed_later_is_gone_at_once(steps in steps(120), cells in 1..4usize) {
+        run_freeing_at_most(cells, &steps)?;
     }
 }

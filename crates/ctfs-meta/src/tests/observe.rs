@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileKind, FileName, Ino, Timestamp};
+use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileKind, FileName, Ino, Timestamp, codec};
 
+use super::harness::dump;
 use crate::{Namespace, Totals};
 
 /// What is seen of one inode.
@@ -39,6 +40,41 @@ impl Tree {
         }
         self
     }
+
+    /// The same tree without what lags behind while cells wait to be freed.
+    pub fn without_space(mut self) -> Self {
+        for seen in self.inodes.values_mut() {
+            seen.attr.allocated = 0;
+            if let Some(totals) = &mut seen.totals {
+                totals.allocated = 0;
+            }
+        }
+        self.chunks.clear();
+        self
+    }
+
+    /// The same tree without the moments at which chunks lost their last reference.
+    pub fn without_condemnations(mut self) -> Self {
+        for (.., condemned) in self.chunks.values_mut() {
+            *condemned = condemned.map(|_| Timestamp::EPOCH);
+        }
+        self
+    }
+}
+
+/// Each chunk is counted as often as records of cells name it, those that wait to be freed included.
+fn count_references(ns: &Namespace, tree: &Tree) {
+    let mut counted: BTreeMap<ChunkId, u64> = BTreeMap::new();
+    for (_, value) in dump(ns.store(), &[7]).into_iter().filter(|(key, _)| key[0] == 6) {
+        let extent: Extent = codec::decode(1, &value, 1 << 20).unwrap();
+        if let Some(id) = extent.chunk() {
+            *counted.entry(id).or_default() += 1;
+        }
+    }
+    for (id, (references, ..)) in &tree.chunks {
+        assert_eq!(*references, counted.remove(id).unwrap_or(0), "references of {id}");
+    }
+    assert!(counted.is_empty(), "cells name chunks that nobody knows: {counted:?}");
 }
 
 /// More cells than any file has.
@@ -64,6 +100,7 @@ pub fn observe(ns: &Namespace) -> Tree {
         tree.chunks.insert(id, (record.references, record.len, record.condemned));
     }
     assert_eq!(ns.chunk_count(), tree.chunks.len() as u64);
+    count_references(ns, &tree);
     let condemned: BTreeSet<_> = ns.condemned(Timestamp::new(i64::MAX, 0), usize::MAX).unwrap().into_iter().collect();
     let unnamed = tree.chunks.iter().filter(|(_, (references, ..))| *references == 0).map(|(id, _)| *id);
     assert_eq!(condemned, unnamed.collect());
