@@ -11,7 +11,8 @@ use super::{Core, EVICT_FACTOR};
 /// Bytes of its file system that the tier leaves free by default: 128 MiB more than the chunk
 /// store does, so that cached copies give way to chunks before the store calls itself full.
 pub(super) const RESERVE_BYTES: u64 = 384 << 20;
-/// Evicted beyond the reserve, so that the next few writes need not evict again.
+/// Evicted beyond the reserve, so that the next few writes need not evict again; never more than an
+/// eighth of the tier.
 const SLACK_BYTES: u64 = 64 << 20;
 /// Bytes taken before the disk is looked at again; never more than an eighth of what is left.
 const LOOK_EVERY_BYTES: u64 = 16 << 20;
@@ -55,12 +56,16 @@ impl Core {
                 self.room.budget.store(((free - wanted) / 8).min(LOOK_EVERY_BYTES), Relaxed);
                 return true;
             }
-            let slack = SLACK_BYTES.max(bytes.saturating_mul(EVICT_FACTOR));
+            let slack = self.slack().max(bytes.saturating_mul(EVICT_FACTOR));
             if self.evict((wanted - free).saturating_add(slack)) == 0 {
                 return false;
             }
         }
         false
+    }
+
+    fn slack(&self) -> u64 {
+        SLACK_BYTES.min(self.settings.limit / 8)
     }
 
     /// Evicts until the reserve is free, and answers whether it is, with something to spare.
@@ -70,7 +75,7 @@ impl Core {
         let free = self.disk_free();
         if free < reserve {
             self.room.budget.store(0, Relaxed);
-            self.evict((reserve - free).saturating_add(SLACK_BYTES));
+            self.evict((reserve - free).saturating_add(self.slack()));
             return self.disk_free() >= enough;
         }
         free >= enough
