@@ -42,7 +42,7 @@ fn help_lists_every_verb_and_exits_0() {
     let dir = tempfile::tempdir().unwrap();
     let output = ctfs(dir.path(), &["--help"]);
     assert_eq!(output.status.code(), Some(0));
-    for verb in ["up", "down", "mount", "umount", "token", "status", "nodes", "node", "df", "info", "policy", "cache", "config", "version"] {
+    for verb in ["up", "down", "mount", "umount", "token", "status", "nodes", "node", "df", "info", "diff", "policy", "cache", "config", "version"] {
         assert!(stdout(&output).contains(&format!("\n  {verb} ")), "{verb}");
         assert_eq!(ctfs(dir.path(), &[verb, "--help"]).status.code(), Some(0), "{verb}");
     }
@@ -164,5 +164,78 @@ fn values_are_checked_while_the_command_line_is_read() {
     ] {
         let output = ctfs(dir.path(), args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn diff_tells_each_difference_on_a_line_and_by_its_exit_status() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(path("a")).unwrap();
+    for name in ["one", "two", "new\nline"] {
+        fs::write(dir.path().join("a").join(name), "text").unwrap();
+    }
+    let copied = Command::new("cp").args(["-a", &path("a"), &path("b")]).status().unwrap();
+    assert!(copied.success());
+
+    let same = ctfs(dir.path(), &["diff", &path("a"), &path("b")]);
+    assert_eq!((same.status.code(), stdout(&same).as_str()), (Some(0), "the same: 4 names, 12 B of content\n"));
+
+    let keep = fs::metadata(path("b")).unwrap().modified().unwrap();
+    fs::remove_file(path("b/new\nline")).unwrap();
+    fs::write(path("b/three"), "").unwrap();
+    fs::File::open(path("b")).unwrap().set_modified(keep).unwrap();
+    let lines = "missing  new\\nline: file -> nothing\nextra    three: nothing -> file\n";
+    let different = ctfs(dir.path(), &["diff", &path("a"), &path("b")]);
+    assert_eq!(different.status.code(), Some(6), "{}", stderr(&different));
+    assert_eq!(stdout(&different), format!("{lines}2 differences in 5 names, 8 B of content\n"));
+
+    let limited = ctfs(dir.path(), &["diff", "--limit", "1", &path("a"), &path("b")]);
+    assert_eq!(limited.status.code(), Some(6));
+    assert!(stdout(&limited).starts_with(lines.split_inclusive('\n').next().unwrap()), "{}", stdout(&limited));
+    assert!(stdout(&limited).ends_with("; 1 difference not shown\n") && stdout(&limited).lines().count() == 2, "{}", stdout(&limited));
+}
+
+#[test]
+fn diff_has_a_form_for_machines_which_is_one_object_whatever_was_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(path("a")).unwrap();
+    fs::write(path("a/f"), "x").unwrap();
+    assert!(Command::new("cp").args(["-a", &path("a"), &path("b")]).status().unwrap().success());
+    let json = |args: &[&str]| {
+        let output = ctfs(dir.path(), &[&["diff", "--json", &path("a"), &path("b")], args].concat());
+        serde_json::from_str::<serde_json::Value>(&stdout(&output)).unwrap_or_else(|e| panic!("{e}: {}", stdout(&output)))
+    };
+    let same = json(&[]);
+    let expected = serde_json::json!({
+        "schema": 1, "verdict": "same", "differences": [], "errors": [], "mounts": [], "counts": {},
+        "differences_found": 0, "errors_found": 0, "not_entered": 0, "entries": 2, "bytes": 1,
+    });
+    assert_eq!(same, expected);
+
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path("b/f"), fs::Permissions::from_mode(0o4600)).unwrap();
+    fs::set_permissions(path("a/f"), fs::Permissions::from_mode(0o644)).unwrap();
+    fs::set_permissions(path("b"), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(path("a"), fs::Permissions::from_mode(0o755)).unwrap();
+    let different = json(&[]);
+    let mode = |path: &str, source: &str, target: &str| serde_json::json!({ "path": path, "what": "mode", "source": source, "target": target });
+    assert_eq!(different["differences"], serde_json::json!([mode(".", "0755", "0700"), mode("f", "0644", "4600")]));
+    assert_eq!((&different["verdict"], &different["counts"]["mode"]), (&"different".into(), &2.into()));
+    for limit in ["0", "1"] {
+        let limited = json(&["--limit", limit]);
+        assert_eq!(limited["differences"].as_array().unwrap().len().to_string(), limit);
+        assert_eq!(limited["differences_found"], 2);
+    }
+}
+
+#[test]
+fn diff_names_what_it_cannot_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path().to_str().unwrap();
+    assert_fails(&ctfs(dir.path(), &["diff", here, "/does/not/exist"]), 1, "E0100");
+    for args in [&["diff", here][..], &["diff", here, here, "--threads", "0"], &["diff", here, here, "--limit", "some"]] {
+        assert_eq!(ctfs(dir.path(), args).status.code(), Some(2), "{args:?}");
     }
 }

@@ -73,6 +73,8 @@ enum Verb {
     Df(verbs::df::Df),
     /// Where a file is: chunks, copies, what is cached here
     Info(verbs::info::Info),
+    /// Compare two trees in everything a file system can hold
+    Diff(verbs::diff::Diff),
     /// Copies and chunk size of a directory
     Policy(verbs::policy::Policy),
     /// Look after this server's cache tier
@@ -109,6 +111,7 @@ fn main() -> ExitCode {
         Verb::Node(verb) => verb.run(&context),
         Verb::Df(verb) => verb.run(&context),
         Verb::Info(verb) => verb.run(&context),
+        Verb::Diff(verb) => verb.run(&context),
         Verb::Policy(verb) => verb.run(&context),
         Verb::Cache(verb) => verb.run(&context),
         Verb::Config(verb) => verb.run(&context),

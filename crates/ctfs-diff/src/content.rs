@@ -95,8 +95,8 @@ fn judge(verdict: &mut Verdict, maps: &mut Pair<Map<'_>>, offset: u64, bytes: Pa
             (0, hole) if hole == block => &mut verdict.holes.target,
             _ => continue,
         };
-        // A lying lseek(2) may call data a hole; then it is no hole that was filled, and yet the
-        // two do not agree about what is stored: told all the same.
+        // The bytes are equal, so where a hole is one these are zeros. A file system that calls
+        // other bytes a hole is told of in the same words.
         *side += block;
         if verdict.holes.source + verdict.holes.target == block {
             verdict.first_hole = start;

@@ -111,7 +111,7 @@ impl<'a> Walk<'a> {
             },
             On::Source => {
                 let kind = open(&directories.source).and_then(Stat::of).map(|stat| stat.kind);
-                self.alone(What::Missing, kind, |kind, error| Pair::new(kind, error))
+                self.alone(What::Missing, kind, Pair::new)
             }
             On::Target => {
                 let kind = open(&directories.target).and_then(Stat::of).map(|stat| stat.kind);
@@ -204,7 +204,7 @@ impl<'a> Walk<'a> {
             && frame.directories.is_none()
         {
             let opened = below.take().and_then(|below| self.opened(&below, |directory| object::open_entry(directory.as_fd(), c"..")));
-            match opened.or_else(|| self.from_root()) {
+            match opened.or_else(|| self.reached_from_root()) {
                 Some(directories) => {
                     let last = self.frames.len() - 1;
                     self.frames[last].directories = Some(directories);
@@ -230,7 +230,7 @@ impl<'a> Walk<'a> {
     }
 
     /// The same, component by component from the roots.
-    fn from_root(&self) -> Option<Pair<OwnedFd>> {
+    fn reached_from_root(&self) -> Option<Pair<OwnedFd>> {
         let root = self.frames.first()?.directories.as_ref()?;
         let len = self.frames.last()?.path_len;
         self.opened(root, |root| {

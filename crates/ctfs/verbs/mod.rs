@@ -4,6 +4,7 @@ pub mod cache;
 pub mod config;
 pub mod daemon;
 pub mod df;
+pub mod diff;
 pub mod down;
 pub mod info;
 pub mod launch;
