@@ -39,6 +39,7 @@ mod write_behind;
 pub use error::{ProposeError, StartError};
 pub use network::{Transport, TransportError};
 pub use observer::Observer;
+pub use proposer::Request;
 pub use runtime::Consensus;
 pub use settings::{COMMAND_BYTES_MAX, Limits, Settings, Timings};
 pub use status::{ConsensusStatus, ServerStatus};

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
+    sync::Arc,
     time::Duration,
 };
 
@@ -34,7 +35,7 @@ type Changed = Result<ClientWriteResponse<TypeConfig>, RaftError<u64, ClientWrit
 impl Core {
     /// Makes this server the only voter of a new volume and proposes `command`. Goes on where an
     /// earlier try was interrupted.
-    pub async fn found(&self, command: Op) -> Result<(), ProposeError> {
+    pub async fn found(self: &Arc<Self>, command: Op) -> Result<(), ProposeError> {
         let me = BTreeSet::from([raft_node(self.me)]);
         match self.raft.initialize(me).await {
             // NotAllowed: it was initialised before. If so by somebody else, the namespace refuses.

@@ -3,17 +3,21 @@
 //! openraft waits for each flush of the log before the next, so proposals do not share an fsync
 //! by themselves. Here they do: [`pack`] puts what has arrived while entries are being written
 //! into the next one. A server that does not lead sends what waits to the leader the same way
-//! ([`forward`]). [`Core::propose`] retries under the same request id until its deadline, and
+//! ([`forward`]). [`Request::propose`] retries under the same request id until its deadline, and
 //! answers when the change is visible everywhere and applied here.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
 use ctfs_meta::{Command, MetaError, Op, Reply};
 use ctfs_types::{NodeId, RequestId, Timestamp, codec};
 use openraft::error::ClientWriteError;
+use parking_lot::Mutex;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::{Instant, timeout_at},
@@ -48,32 +52,51 @@ pub(crate) enum Outcome {
     Unsure,
 }
 
-/// Frees a request number whichever way the request ends.
-struct Number<'a> {
-    core: &'a Core,
-    seq: u64,
-    /// The only copy there was has been answered.
-    once: bool,
+/// One request of this server: all commands proposed through it happen once, together.
+///
+/// Whichever of them is applied first is the one that happens; each later one is answered with its
+/// verdict and changes nothing. So when a proposal ended with [`ProposeError::NoQuorum`],
+/// [`Op::Noop`] proposed here ends the doubt: the answer is the verdict of what was proposed
+/// before, or [`Reply::Done`] if that did not happen, and then it never will.
+/// [`MetaError::Answered`] leaves open whether it happened (this server had some thousand commands
+/// applied since, and the verdict was forgotten); it does not happen any more.
+///
+/// Its verdict is remembered while this lives.
+pub struct Request {
+    core: Arc<Core>,
+    /// Of the first proposal: the number, and up to which this server had its answers.
+    number: Mutex<Option<(u64, u64)>>,
+    /// No copy of a command is about that has not been answered.
+    once: AtomicBool,
 }
 
-impl Drop for Number<'_> {
+impl Drop for Request {
     fn drop(&mut self) {
-        self.core.numbers.lock().done(self.seq, self.once, Instant::now());
+        if let Some((seq, _)) = *self.number.get_mut() {
+            self.core.numbers.lock().done(seq, *self.once.get_mut(), Instant::now());
+        }
     }
 }
 
-impl Core {
+impl Request {
+    pub(crate) fn new(core: Arc<Core>) -> Self {
+        Self { core, number: Mutex::new(None), once: AtomicBool::new(true) }
+    }
+
     /// Proposes `op` and waits until it is visible everywhere and applied here.
+    ///
+    /// # Errors
+    /// As [`crate::Consensus::propose`].
     pub async fn propose(&self, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+        let core = &*self.core;
         let started = Instant::now();
-        let deadline = started + self.settings.timings.propose_deadline;
+        let deadline = started + core.settings.timings.propose_deadline;
         let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
-        let Ok(place) = timeout_at(deadline, self.places.acquire()).await else { return Err(no_quorum()) };
+        let Ok(place) = timeout_at(deadline, core.places.acquire()).await else { return Err(no_quorum()) };
         let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
 
-        let (seq, answered) = self.numbers.lock().take(started);
-        let mut number = Number { core: self, seq, once: true };
-        let request = RequestId { client: self.settings.incarnation.0, seq };
+        let (seq, answered) = *self.number.lock().get_or_insert_with(|| core.numbers.lock().take(started));
+        let request = RequestId { client: core.settings.incarnation.0, seq };
         let command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op };
         let bytes = encoded_bytes(&command);
         if bytes > COMMAND_BYTES_MAX {
@@ -81,26 +104,32 @@ impl Core {
         }
 
         while Instant::now() < deadline {
-            if let Some(stopped) = self.stopped() {
+            if let Some(stopped) = core.stopped() {
                 return Err(stopped);
             }
-            let leader = self.leader();
+            let leader = core.leader();
             if let Some(leader) = leader {
-                let first = std::mem::replace(&mut number.once, false);
-                match self.attempt(leader, &command, bytes, deadline).await {
+                let first = self.once.swap(false, Relaxed);
+                match core.attempt(leader, &command, bytes, deadline).await {
                     Outcome::Answered(answer) => {
-                        number.once = first;
-                        self.raise_visible(answer.index);
-                        let applied = self.await_applied(answer.index, deadline).await;
+                        self.once.store(first, Relaxed);
+                        core.raise_visible(answer.index);
+                        let applied = core.await_applied(answer.index, deadline).await;
                         return if applied { Ok(answer.verdict) } else { Err(no_quorum()) };
                     }
-                    Outcome::NotLeader => number.once = first,
+                    Outcome::NotLeader => self.once.store(first, Relaxed),
                     Outcome::Unsure => {}
                 }
             }
-            self.await_other_leader(leader, deadline).await;
+            core.await_other_leader(leader, deadline).await;
         }
         Err(no_quorum())
+    }
+}
+
+impl Core {
+    pub async fn propose(self: &Arc<Self>, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+        Request::new(self.clone()).propose(op).await
     }
 
     async fn attempt(&self, leader: NodeId, command: &Command, bytes: usize, deadline: Instant) -> Outcome {

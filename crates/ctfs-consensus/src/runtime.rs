@@ -27,7 +27,7 @@ use crate::{
     messages::{self, AwaitVisible, Forward, ReadIndex, Renew, service},
     network::{PeerNetwork, QuorumClock, Transport, encode_result},
     observer::Observer,
-    proposer,
+    proposer::{self, Request},
     raft_types::{TypeConfig, raft_node},
     relay::Relay,
     settings::{Limits, Settings, Timings},
@@ -151,6 +151,11 @@ impl Consensus {
     /// - [`ProposeError::Stopped`]: it may have happened.
     pub async fn propose(&self, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
         self.core.propose(op).await
+    }
+
+    /// A request of which the outcome can be found out when a proposal ended without one.
+    pub fn request(&self) -> Request {
+        Request::new(self.core.clone())
     }
 
     /// After this a read of [`Self::replica`] sees every change answered before the call, and

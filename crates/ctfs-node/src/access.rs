@@ -8,7 +8,7 @@ use ctfs_chunk::{ChunkError, Chunks, PutError};
 use ctfs_consensus::{Consensus, ProposeError};
 use ctfs_meta::{Op, Reply, SharedNamespace};
 use ctfs_types::{ChunkId, Incarnation, NodeId};
-use ctfs_vfs::{ChunkAccess, FsError, Metadata, SpaceReport};
+use ctfs_vfs::{ChunkAccess, FsError, Metadata, Request, SpaceReport};
 
 use crate::report::Figures;
 
@@ -31,14 +31,24 @@ fn no_quorum(error: ProposeError) -> FsError {
     }
 }
 
+/// A request to the replicated log.
+struct Agreed(ctfs_consensus::Request);
+
+#[async_trait]
+impl Request for Agreed {
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.0.propose(op).await.map_err(no_quorum)?.map_err(FsError::Meta)
+    }
+}
+
 #[async_trait]
 impl Metadata for ReplicatedMetadata {
     fn replica(&self) -> &SharedNamespace {
         &self.replica
     }
 
-    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        self.consensus.propose(op).await.map_err(no_quorum)?.map_err(FsError::Meta)
+    fn request(&self) -> Arc<dyn Request> {
+        Arc::new(Agreed(self.consensus.request()))
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

@@ -25,8 +25,11 @@ const ORPHANS_EVERY: Duration = Duration::from_secs(1);
 const CHUNKS_EVERY: Duration = Duration::from_secs(5);
 /// Inodes or chunks in one command; keeps a log entry near 64 KiB.
 const BATCH: usize = 1024;
-/// Inodes in one reaping command: their cells go while the replica is locked.
+/// Inodes in one reaping command, each with a few records that go while the replica is locked.
 const REAPED: usize = 64;
+/// Commands in a row that free cells of large files: a minute's worth of orphans does not wait
+/// behind one file.
+const FREEING: usize = 64;
 
 pub struct Collector {
     pub consensus: Consensus,
@@ -42,7 +45,10 @@ impl Collector {
         let mut chunks = tokio::time::interval(CHUNKS_EVERY);
         loop {
             tokio::select! {
-                _ = orphans.tick() => if self.consensus.status().is_leader { self.reap().await },
+                _ = orphans.tick() => if self.consensus.status().is_leader {
+                    self.reap().await;
+                    self.free_cells().await;
+                },
                 _ = chunks.tick() => if self.consensus.status().is_leader { self.forget_chunks().await },
                 () = stop::requested(&mut stop) => return,
             }
@@ -87,6 +93,17 @@ impl Collector {
                 }
             }
             if inos.len() < BATCH {
+                return;
+            }
+        }
+    }
+
+    /// Goes on freeing the cells of large files that were cut or reaped; each command a bounded
+    /// number of them.
+    async fn free_cells(&self) {
+        for _ in 0..FREEING {
+            let inos = self.consensus.replica().read().unfreed(REAPED);
+            if inos.is_empty() || self.consensus.propose(Op::FreeCells { inos }).await.is_err() {
                 return;
             }
         }

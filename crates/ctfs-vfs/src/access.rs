@@ -2,6 +2,8 @@
 //!
 //! Implemented over consensus and the chunk stores in the node, and in memory in tests.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_meta::{Op, Reply, SharedNamespace};
@@ -16,12 +18,16 @@ pub trait Metadata: Send + Sync + 'static {
     /// or right after [`Self::barrier`].
     fn replica(&self) -> &SharedNamespace;
 
+    /// A new request. Dropping it gives up what could be found out by it.
+    fn request(&self) -> Arc<dyn Request>;
+
     /// Has `op` happen once and answers when it is visible on every live server, and applied here.
     ///
     /// # Errors
-    /// - [`FsError::Meta`]: the namespace refused.
-    /// - [`FsError::NoQuorum`]: no majority in time; the op may still happen.
-    async fn propose(&self, op: Op) -> Result<Reply, FsError>;
+    /// As [`Request::propose`].
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.request().propose(op).await
+    }
 
     /// Returns once the local replica holds everything that was visible anywhere before the call.
     ///
@@ -36,6 +42,20 @@ pub trait Metadata: Send + Sync + 'static {
 
     /// Whether this server's read lease holds at this moment.
     fn leased(&self) -> bool;
+}
+
+/// One request of this server: all commands proposed through it happen once, together.
+///
+/// Whichever of them is applied first is the one that happens; a later one is answered with its
+/// verdict and changes nothing. So [`Op::Noop`] ends the doubt about a command that was proposed
+/// before it and not answered: [`Reply::Done`] says that it did not happen and never will.
+#[async_trait]
+pub trait Request: Send + Sync + 'static {
+    /// # Errors
+    /// - [`FsError::Meta`]: the namespace refused. [`ctfs_meta::MetaError::Answered`]: some command of this
+    ///   request may have happened long ago; none will any more.
+    /// - [`FsError::NoQuorum`], [`FsError::Shutdown`]: no majority in time; it may still happen.
+    async fn propose(&self, op: Op) -> Result<Reply, FsError>;
 }
 
 /// Immutable chunks, wherever they live.

@@ -20,7 +20,7 @@ pub mod handles;
 pub mod vfs;
 pub mod waiters;
 
-pub use access::{ChunkAccess, Metadata, SpaceReport};
+pub use access::{ChunkAccess, Metadata, Request, SpaceReport};
 pub use caller::Caller;
 pub use content::{Content, ContentSettings};
 pub use error::FsError;

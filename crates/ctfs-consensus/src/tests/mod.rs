@@ -1,6 +1,7 @@
 //! Claims about several servers at work together.
 
 mod cluster;
+mod health;
 
 use std::{
     collections::BTreeSet,
@@ -8,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_meta::{MetaError, Op};
+use ctfs_meta::{MetaError, Op, Reply};
 use ctfs_types::LogIndex;
 use futures_util::future::join_all;
 use openraft::{LogId, Vote, raft::AppendEntriesRequest};
@@ -66,6 +67,49 @@ async fn an_answered_change_is_on_every_server() {
         assert!(matches!(verdict, Err(MetaError::Exists { .. })), "{verdict:?}");
     }
     cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_without_an_answer_is_decided_by_another_under_its_request() {
+    let short = |settings: &mut Settings| settings.timings.propose_deadline = Duration::from_millis(1500);
+    let cluster = Cluster::of(3, short).await;
+    let all = [node(1), node(2), node(3)];
+    for round in 0..3 {
+        let leader = cluster.leader(&all).await;
+        let number = leader.status().node;
+        let other = cluster.get(*all.iter().find(|other| **other != number).unwrap());
+        // The leader writes the command into its log, where it may or may not stay.
+        cluster.isolate(number);
+        let proposers = [leader, other];
+        let names: Vec<String> = (0..2).map(|n| format!("{round}-{n}")).collect();
+        let requests: Vec<_> = proposers.iter().map(|server| server.request()).collect();
+        let tried = join_all(requests.iter().zip(&names).map(|(request, name)| request.propose(make(name)))).await;
+        assert!(matches!(tried[0], Err(ProposeError::NoQuorum { .. })), "{:?}", tried[0]);
+        cluster.heal();
+        for ((request, name), tried) in requests.iter().zip(&names).zip(&tried) {
+            let verdict = loop {
+                match request.propose(Op::Noop).await {
+                    Ok(verdict) => break verdict,
+                    Err(ProposeError::NoQuorum { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            };
+            let happened = match &verdict {
+                Ok(Reply::Entry { made: true, .. }) => true,
+                Ok(Reply::Done) => false,
+                other => panic!("{other:?}"),
+            };
+            assert!(happened || tried.is_err(), "what was answered happened");
+            assert!(tried.as_ref().map_or(true, |tried| *tried == verdict), "and its verdict stays");
+            assert_eq!(has(&proposers[0], name), happened);
+            // Nothing of it comes later.
+            assert_eq!(request.propose(make(name)).await, Ok(verdict));
+        }
+        cluster.converge().await;
+        for (server, name) in proposers.iter().zip(&names) {
+            assert_eq!(has(server, name), has(&proposers[0], name));
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -97,8 +97,8 @@ impl Shared {
 
     async fn flush_in_background(&self, inode: &Arc<Inode>, cut: Cut) {
         let flushed = {
-            let _turn = inode.flushing.lock().await;
-            self.flush_locked(inode, cut).await
+            let mut turn = inode.flushing.lock().await;
+            self.flush_locked(inode, &mut turn, cut).await
         };
         let mut local = inode.local.lock();
         local.in_background = false;

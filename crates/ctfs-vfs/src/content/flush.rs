@@ -12,7 +12,7 @@ use ctfs_types::{Attr, CellIndex, ExtentData, Ino, LogIndex, Timestamp, limits::
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
 
-use super::{Inode, Shared, attr_of, cache_error, extent_of, tag_of};
+use super::{Inode, Shared, attr_of, cache_error, doubt::Turn, extent_of, tag_of};
 use crate::FsError;
 
 /// Cells in one command: with 50 bytes each they stay far below what a command may hold.
@@ -34,7 +34,7 @@ pub(super) enum Cut {
 
 /// What is pending of the attributes when a flush begins.
 #[derive(Debug, Clone, Copy)]
-struct Pending {
+pub(super) struct Pending {
     size: Option<u64>,
     mtime: Option<Timestamp>,
     drops_wanted: u64,
@@ -42,23 +42,29 @@ struct Pending {
 }
 
 /// A cell ready to be committed.
-struct Built {
-    cell: CellIndex,
+pub(super) struct Built {
+    pub cell: CellIndex,
     /// The stamp of the extent merged over.
-    expect: LogIndex,
-    start: u32,
-    data: Option<ExtentData>,
+    pub expect: LogIndex,
+    pub start: u32,
+    pub data: Option<ExtentData>,
     /// The bytes of `data`, for the cache and for putting them again.
     bytes: Bytes,
     base: Option<Tag>,
-    copies: u8,
-    put_at: PutAt,
+    pub copies: u8,
+    pub put_at: PutAt,
+}
+
+impl Built {
+    pub fn without_bytes(&self) -> Self {
+        Self { data: self.data.clone(), bytes: Bytes::new(), ..*self }
+    }
 }
 
 /// When a chunk was put. Counted on a clock that goes on while this machine is suspended, because
 /// the grace time of the peers that hold the chunk does, too.
 #[derive(Debug, Clone, Copy)]
-struct PutAt(Duration);
+pub(super) struct PutAt(Duration);
 
 impl PutAt {
     fn now() -> Self {
@@ -66,7 +72,7 @@ impl PutAt {
         Self(Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0)))
     }
 
-    fn elapsed(self) -> Duration {
+    pub fn elapsed(self) -> Duration {
         Self::now().0.saturating_sub(self.0)
     }
 }
@@ -82,8 +88,8 @@ impl Shared {
         let inode = self.inodes.lock().get(&ino).cloned();
         let Some(inode) = inode else { return Ok(()) };
         let flushed = {
-            let _turn = inode.flushing.lock().await;
-            self.flush_locked(&inode, Cut::Everything).await
+            let mut turn = inode.flushing.lock().await;
+            self.flush_locked(&inode, &mut turn, Cut::Everything).await
         };
         if let Err(error) = &flushed {
             inode.local.lock().error = Some(error.clone());
@@ -95,12 +101,15 @@ impl Shared {
     /// The flush itself; the caller holds [`Inode::flushing`].
     ///
     /// What becomes dirty meanwhile is left for the next one, so a busy writer cannot keep it going.
-    pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, cut: Cut) -> Result<(), FsError> {
+    pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
+        self.end_doubt(inode, turn).await?;
         // A flush whose caller went away left its ranges behind.
         inode.entry.abandon_flush();
         let lost = self.take_lost(inode);
-        let flushed = self.flush_cells(inode, cut).await;
-        inode.entry.abandon_flush();
+        let flushed = self.flush_cells(inode, turn, cut).await;
+        if turn.is_none() {
+            inode.entry.abandon_flush();
+        }
         let lost = lost.or(self.take_lost(inode));
         let flushed = match flushed {
             Err(FsError::Meta(MetaError::NoSuchInode(_)) | FsError::Stale(_)) => {
@@ -114,7 +123,7 @@ impl Shared {
             other => other,
         };
         let mut local = inode.local.lock();
-        if !local.attributes_pending() && inode.entry.dirty_bytes() == 0 {
+        if !local.attributes_pending() && !local.in_doubt && inode.entry.dirty_bytes() == 0 {
             local.since = None;
             self.pending.lock().remove(&inode.ino);
         } else if flushed.is_ok() {
@@ -141,7 +150,7 @@ impl Shared {
         Some(error)
     }
 
-    async fn flush_cells(&self, inode: &Arc<Inode>, cut: Cut) -> Result<(), FsError> {
+    async fn flush_cells(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
         // The attributes first: what is written from here on belongs to the next flush.
         let pending = {
             let local = inode.local.lock();
@@ -159,19 +168,25 @@ impl Shared {
         for (n, cells) in batches.enumerate() {
             // The size that programs see comes with the last bytes, not before them.
             let size = pending.size.filter(|_| n + 1 == count && cut == Cut::Everything);
-            self.flush_batch(inode, cells, Pending { size, ..pending }).await?;
+            self.flush_batch(inode, turn, cells, Pending { size, ..pending }).await?;
             // Room for those who wait, long before a large flush ends.
             self.drained.notify_waiters();
         }
         let attributes = pending.size.is_some() || pending.mtime.is_some() || pending.drop_privileges;
         if count == 0 && attributes && cut == Cut::Everything {
-            self.flush_batch(inode, &[], pending).await?;
+            self.flush_batch(inode, turn, &[], pending).await?;
         }
         Ok(())
     }
 
     /// Puts and commits some cells; none for the attributes alone.
-    async fn flush_batch(&self, inode: &Arc<Inode>, cells: &[CellIndex], pending: Pending) -> Result<(), FsError> {
+    async fn flush_batch(
+        &self,
+        inode: &Arc<Inode>,
+        turn: &mut Turn,
+        cells: &[CellIndex],
+        pending: Pending,
+    ) -> Result<(), FsError> {
         let ino = inode.ino;
         let grid = inode.entry.cell_size();
         cells.iter().for_each(|&cell| inode.entry.begin_flush(cell));
@@ -206,7 +221,7 @@ impl Shared {
                 mtime: Some(self.mtime_to_commit(ino, pending.mtime)?),
                 drop_privileges: pending.drop_privileges,
             };
-            match self.meta.propose(op).await {
+            match self.propose_flush(inode, turn, op, (&built, pending)).await {
                 Ok(Reply::Written { attr, .. }) => {
                     // The answer came late, or this machine slept on the way: what no extent named
                     // yet may have been collected. Nobody is told 0 before the copies are there.
@@ -256,7 +271,7 @@ impl Shared {
     }
 
     /// The metadata know what was pending: what was not written since is let go of.
-    fn committed(&self, inode: &Inode, attr: &Attr, pending: Pending) {
+    pub(super) fn committed(&self, inode: &Inode, attr: &Attr, pending: Pending) {
         let mut local = inode.local.lock();
         if local.size.is_some_and(|size| size <= attr.size) {
             local.size = None;

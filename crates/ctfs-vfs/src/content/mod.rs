@@ -12,7 +12,7 @@
 //! | Lock | Held by | For |
 //! | --- | --- | --- |
 //! | [`Inode::gate`] | shared: write; alone: truncate, punch, clone | what takes bytes away drops no byte written meanwhile |
-//! | [`Inode::flushing`] | one flush, truncate, punch or clone at a time | flushing ranges have one owner |
+//! | [`Inode::flushing`] | one flush, truncate, punch or clone at a time | flushing ranges have one owner; holds the command whose outcome is not known |
 //! | [`Inode::local`], the tier entry, the replica | short, never across an await, taken in this order | |
 //!
 //! A read takes no gate: the kernel may hold a page locked for it, and the change that a truncate
@@ -21,10 +21,11 @@
 //!
 //! A read of resident bytes and a write with room in the tier complete without awaiting anything.
 //!
-//! Reading order: [`read`], [`write`], [`flush`], [`resize`] (truncate, allocate), [`ranges`]
-//! (seek, copy), [`background`].
+//! Reading order: [`read`], [`write`], [`flush`], [`doubt`] (commands without an answer), [`resize`]
+//! (truncate, allocate), [`ranges`] (seek, copy), [`background`].
 
 mod background;
+mod doubt;
 mod flush;
 mod ranges;
 mod read;
@@ -124,7 +125,7 @@ struct Inode {
     ino: Ino,
     entry: Arc<Entry>,
     gate: tokio::sync::RwLock<()>,
-    flushing: tokio::sync::Mutex<()>,
+    flushing: tokio::sync::Mutex<doubt::Turn>,
     local: Mutex<Local>,
     stream: Mutex<read::Stream>,
     /// One fetch per cell at a time.
@@ -156,6 +157,8 @@ struct Local {
     retry_at: Option<Instant>,
     /// A background flush is under way.
     in_background: bool,
+    /// Whether a command about the file happened is not known; see [`doubt`].
+    in_doubt: bool,
 }
 
 impl Local {
@@ -183,7 +186,11 @@ impl Inode {
     }
 
     fn has_pending(&self) -> bool {
-        self.local.lock().attributes_pending() || self.entry.dirty_bytes() > 0
+        let waits = {
+            let local = self.local.lock();
+            local.attributes_pending() || local.in_doubt
+        };
+        waits || self.entry.dirty_bytes() > 0
     }
 }
 
@@ -391,7 +398,7 @@ impl Shared {
                 ino,
                 entry: self.tier.entry(ino, attr.cell),
                 gate: tokio::sync::RwLock::new(()),
-                flushing: tokio::sync::Mutex::new(()),
+                flushing: tokio::sync::Mutex::new(None),
                 local: Mutex::default(),
                 stream: Mutex::default(),
                 fills: Mutex::default(),

@@ -36,21 +36,21 @@ impl Shared {
             Some(_) => Some(inode.gate.write().await),
             None => None,
         };
-        let flushing = inode.flushing.lock().await;
+        let mut turn = inode.flushing.lock().await;
         // Earlier writes that drop setuid come before a chmod that sets it.
         let drop_first = set.mode.is_some() && inode.local.lock().drop_is_pending();
         if drop_first {
             let pending = inode.local.lock().mtime;
             let mtime = Some(self.mtime_to_commit(ino, pending)?);
             let op = Op::Write { ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true };
-            self.meta.propose(op).await?;
+            self.propose_in_turn(&inode, &mut turn, op).await?;
             let mut local = inode.local.lock();
             local.drops_committed = local.drops_wanted;
         }
         let (size, times) = (set.size, set.mtime.is_some());
         let cut = size.map(|_| CutMark::set(self, &inode)).transpose()?;
         // The metadata first: if they refuse, every unflushed byte is still there.
-        let mut attr = match self.meta.propose(Op::SetAttr { ino, set }).await? {
+        let mut attr = match self.propose_in_turn(&inode, &mut turn, Op::SetAttr { ino, set }).await? {
             Reply::Attr(attr) | Reply::Entry { attr, .. } | Reply::Written { attr, .. } => attr,
             other => return Err(FsError::Store(format!("a change of attributes was answered as {other:?}"))),
         };
@@ -69,7 +69,7 @@ impl Shared {
             }
         }
         drop(cut);
-        drop(flushing);
+        drop(turn);
         drop(gate);
         self.overlay(&mut attr);
         Ok(attr)
@@ -100,7 +100,8 @@ impl Shared {
         if !keep_size && end > self.size(&inode)? {
             // Not SetAttr: a size that somebody else made larger meanwhile stays.
             let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false };
-            self.meta.propose(op).await?;
+            let mut turn = inode.flushing.lock().await;
+            self.propose_in_turn(&inode, &mut turn, op).await?;
         }
         Ok(())
     }
@@ -117,8 +118,8 @@ impl Shared {
             return self.zero_edge(inode, range).await;
         }
         {
-            let _turn = inode.flushing.lock().await;
-            self.meta.propose(Op::Punch { ino, first, cells: last - first }).await?;
+            let mut turn = inode.flushing.lock().await;
+            self.propose_in_turn(inode, &mut turn, Op::Punch { ino, first, cells: last - first }).await?;
             inode.entry.abandon_flush();
             inode.entry.discard(grid.start_of(first)..grid.start_of(last));
         }
@@ -167,11 +168,11 @@ impl Shared {
     ) -> Result<(), FsError> {
         let grid = target.entry.cell_size();
         let _gate = target.gate.write().await;
-        let _turn = target.flushing.lock().await;
+        let mut turn = target.flushing.lock().await;
         // Nothing may be unflushed over the new cells.
-        self.flush_locked(target, Cut::Everything).await?;
+        self.flush_locked(target, &mut turn, Cut::Everything).await?;
         let op = Op::CloneCells { source, first, ino: target.ino, to, cells, size_at_least };
-        self.meta.propose(op).await?;
+        self.propose_in_turn(target, &mut turn, op).await?;
         target.entry.drop_clean(grid.start_of(to)..grid.start_of(to + cells));
         self.touch(target, &mut target.local.lock(), true);
         Ok(())

@@ -8,7 +8,7 @@ use ctfs_meta::{Op, SetAttr};
 use ctfs_types::FileName;
 use futures_util::FutureExt;
 
-use self::harness::{CELL, Cluster, pattern};
+use self::harness::{CELL, Cluster, Fate, pattern};
 use super::*;
 
 #[tokio::test]
@@ -63,6 +63,133 @@ async fn a_failed_flush_is_told_once_and_loses_nothing() {
     assert_eq!(a.flush(ino).await, Ok(()));
     assert!(b.read(ino, 0, 1 << 20).await.unwrap() == data);
     assert_eq!(a.dirty_bytes(), 0);
+}
+
+/// A flush that was answered NoQuorum was merged and proposed again as if it had not happened: if
+/// it had, its bytes went over what another server had written to the same place in between.
+#[tokio::test]
+async fn a_flush_that_happened_unanswered_is_not_merged_over_later_writes() {
+    for fate in [Fate::Happens, Fate::HappensLate] {
+        for (len, offset) in [(3000, 0), (300_000, 0), (2 * CELL as usize, CELL / 2)] {
+            let cluster = Cluster::new();
+            let (a, b) = (cluster.server(1 << 24), cluster.server(1 << 24));
+            let ino = cluster.make("file");
+            a.write(ino, offset, pattern(1, len), false).await.unwrap();
+            *cluster.fate.lock() = Some(fate);
+            assert!(matches!(a.flush(ino).await, Err(FsError::NoQuorum { .. })));
+            cluster.deliver_late();
+            b.write(ino, offset, pattern(2, len), false).await.unwrap();
+            b.flush(ino).await.unwrap();
+            assert_eq!(a.flush(ino).await, Ok(()));
+            assert_eq!(a.dirty_bytes(), 0);
+            for server in [&a, &b] {
+                assert!(server.read(ino, offset, len as u32).await.unwrap() == pattern(2, len), "{fate:?} {len} bytes");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_flush_that_was_given_up_never_happens_once_the_next_one_succeeded() {
+    let cluster = Cluster::new();
+    let (a, b) = (cluster.server(1 << 24), cluster.server(1 << 24));
+    let ino = cluster.make("file");
+    a.write(ino, 0, pattern(1, 300_000), false).await.unwrap();
+    *cluster.fate.lock() = Some(Fate::HappensLate);
+    assert!(matches!(a.flush(ino).await, Err(FsError::NoQuorum { .. })));
+    // What was written since is flushed with it, and on top of it.
+    a.write(ino, 1000, pattern(2, 1000), false).await.unwrap();
+    assert_eq!(a.flush(ino).await, Ok(()));
+    let mut want = pattern(1, 300_000).to_vec();
+    want[1000..2000].copy_from_slice(&pattern(2, 1000));
+    assert!(b.read(ino, 0, 1 << 20).await.unwrap() == want);
+    // All holes again, as when the first flush merged over them.
+    b.truncate(ino, SetAttr { size: Some(0), ..SetAttr::default() }).await.unwrap();
+    cluster.deliver_late();
+    assert_eq!(b.read(ino, 0, 1 << 20).await.unwrap(), "");
+}
+
+#[tokio::test]
+async fn bytes_written_while_a_flush_is_in_doubt_are_kept() {
+    for fate in [Fate::Happens, Fate::HappensLate, Fate::Lost] {
+        let cluster = Cluster::new();
+        let (a, b) = (cluster.server(1 << 24), cluster.server(1 << 24));
+        let ino = cluster.make("file");
+        a.write(ino, 0, pattern(1, 300_000), false).await.unwrap();
+        *cluster.fate.lock() = Some(fate);
+        assert!(matches!(a.flush(ino).await, Err(FsError::NoQuorum { .. })));
+        assert_eq!(a.dirty_bytes(), 300_000, "they may be nowhere else");
+        a.write(ino, 299_000, pattern(2, 2000), false).await.unwrap();
+        cluster.deliver_late();
+        let mut want = pattern(1, 301_000).to_vec();
+        want[299_000..].copy_from_slice(&pattern(2, 2000));
+        assert!(a.read(ino, 0, 1 << 20).await.unwrap() == want, "{fate:?}");
+        a.flush(ino).await.unwrap();
+        for server in [&a, &b] {
+            assert!(server.read(ino, 0, 1 << 20).await.unwrap() == want, "{fate:?}");
+        }
+        assert_eq!(a.dirty_bytes(), 0);
+    }
+}
+
+/// A truncate that was answered NoQuorum may still be applied: not after a later write was synced.
+#[tokio::test]
+async fn a_truncate_in_doubt_cuts_nothing_that_was_synced_after_it() {
+    for fate in [Fate::Happens, Fate::HappensLate, Fate::Lost] {
+        let cluster = Cluster::new();
+        let (a, b) = (cluster.server(1 << 24), cluster.server(1 << 24));
+        let ino = cluster.make("file");
+        a.write(ino, 0, pattern(1, 100_000), false).await.unwrap();
+        a.flush(ino).await.unwrap();
+        *cluster.fate.lock() = Some(fate);
+        let set = SetAttr { size: Some(0), ..SetAttr::default() };
+        assert!(matches!(a.truncate(ino, set).await, Err(FsError::NoQuorum { .. })));
+        a.write(ino, 0, pattern(2, 50_000), false).await.unwrap();
+        a.flush(ino).await.unwrap();
+        cluster.deliver_late();
+        let got = b.read(ino, 0, 1 << 20).await.unwrap();
+        assert!(got[..50_000] == pattern(2, 50_000), "{fate:?}");
+        assert_eq!(got.len(), if fate == Fate::Happens { 50_000 } else { 100_000 }, "{fate:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_doubt_is_ended_in_the_background_also_when_nobody_asks() {
+    let cluster = Cluster::new();
+    let settings = ContentSettings { dirty_age_max: Duration::ZERO, ..ContentSettings::default() };
+    let server = cluster.server_with(1 << 24, settings);
+    let ino = cluster.make("file");
+    *cluster.fate.lock() = Some(Fate::HappensLate);
+    let set = SetAttr { size: Some(10), ..SetAttr::default() };
+    assert!(matches!(server.truncate(ino, set).await, Err(FsError::NoQuorum { .. })));
+    let ended = async {
+        while server.shared.pending.lock().contains_key(&ino) {
+            server.shared.drained.notified().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), ended).await.unwrap();
+    cluster.deliver_late();
+    assert_eq!(cluster.attr(ino).size, 0, "by then it cannot happen any more");
+}
+
+#[tokio::test]
+async fn a_chunk_that_was_collected_before_its_write_was_known_to_have_happened_is_put_again() {
+    for collected in [false, true] {
+        let cluster = Cluster::new();
+        let settings = ContentSettings { put_age_max: Duration::ZERO, ..ContentSettings::default() };
+        let (a, b) = (cluster.server_with(1 << 24, settings), cluster.server(1 << 24));
+        let ino = cluster.make("file");
+        a.write(ino, 0, pattern(1, 100_000), false).await.unwrap();
+        *cluster.fate.lock() = Some(Fate::Happens);
+        assert!(matches!(a.flush(ino).await, Err(FsError::NoQuorum { .. })));
+        if collected {
+            cluster.delete_chunks();
+        }
+        let puts = cluster.puts.load(SeqCst);
+        a.flush(ino).await.unwrap();
+        assert!(cluster.puts.load(SeqCst) > puts);
+        assert!(b.read(ino, 0, 1 << 20).await.unwrap() == pattern(1, 100_000), "collected: {collected}");
+    }
 }
 
 #[tokio::test]

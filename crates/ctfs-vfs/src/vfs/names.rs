@@ -160,10 +160,19 @@ impl Vfs {
         self.meta.propose(Op::Rename { from, name, to, new_name, mode }).await.map(drop)
     }
 
+    /// Opens a directory. What it shows is asked for by [`Self::readdir`], which waits until that is
+    /// no listing of the past; opening waits for nobody, so that `df` and `ls -d`, which open and do
+    /// not list, answer also without a majority.
+    ///
     /// # Errors
     /// ENOTDIR, ESTALE.
     pub async fn opendir(&self, ino: Ino) -> Result<HandleId, FsError> {
-        let kind = self.read(|ns| Self::attr_of(ns, ino).map(|attr| attr.kind)).await?;
+        let here = self.meta.replica().read().attr(ino)?.map(|attr| attr.kind);
+        let kind = match here {
+            Some(kind) => kind,
+            // Made elsewhere a moment ago, or gone: worth asking.
+            None => self.read(|ns| Self::attr_of(ns, ino).map(|attr| attr.kind)).await?,
+        };
         if kind != FileKind::Directory {
             return Err(MetaError::NotDirectory(ino).into());
         }

@@ -21,7 +21,7 @@ use ctfs_types::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use crate::{ChunkAccess, Content, ContentSettings, FsError, Metadata, SpaceReport};
+use crate::{ChunkAccess, Content, ContentSettings, FsError, Metadata, Request, SpaceReport};
 
 pub const CELL: u64 = 256 << 10;
 
@@ -39,7 +39,19 @@ pub struct Cluster {
     pub cut_off: AtomicBool,
     /// What somebody else does right before the next proposal, or while the next chunk is fetched.
     pub before_propose: Hook,
+    /// What becomes of the next proposal, of which the proposer hears nothing.
+    pub fate: Mutex<Option<Fate>>,
+    late: Mutex<Vec<Command>>,
     pub before_get: Hook,
+}
+
+/// How a proposal ends that is not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    Happens,
+    /// With the next [`Cluster::deliver_late`].
+    HappensLate,
+    Lost,
 }
 
 pub type Hook = Mutex<Option<Box<dyn FnOnce() + Send>>>;
@@ -64,6 +76,8 @@ impl Cluster {
             failing_puts: AtomicU32::new(0),
             cut_off: AtomicBool::new(false),
             before_propose: Mutex::default(),
+            fate: Mutex::default(),
+            late: Mutex::default(),
             before_get: Mutex::default(),
         });
         let policy = Policy { copies: None, cell: CellSize::from_bytes(CELL) };
@@ -72,15 +86,35 @@ impl Cluster {
     }
 
     pub fn apply(&self, op: Op) -> Result<Reply, FsError> {
+        self.apply_as(self.seq.fetch_add(1, SeqCst), op)
+    }
+
+    fn apply_as(&self, seq: u64, op: Op) -> Result<Reply, FsError> {
         if self.cut_off.load(SeqCst) {
-            return Err(FsError::NoQuorum { waited: Duration::from_secs(1) });
+            return Err(NO_ANSWER);
         }
-        let seq = self.seq.fetch_add(1, SeqCst);
-        let request = RequestId { client: 1, seq };
+        self.apply_command(self.command(seq, op))
+    }
+
+    fn command(&self, seq: u64, op: Op) -> Command {
         let at = Timestamp::new(1_000_000 + seq as i64, 0);
+        // Nobody says that verdicts may be forgotten: what is in doubt is asked for much later.
+        Command { request: RequestId { client: 1, seq }, answered: 0, at, op }
+    }
+
+    /// Applies what was held back on its way, as a leader does that is back with its log.
+    pub fn deliver_late(&self) {
+        let late = std::mem::take(&mut *self.late.lock());
+        for command in late {
+            // Nobody waits for it.
+            let _ = self.apply_command(command);
+        }
+    }
+
+    fn apply_command(&self, command: Command) -> Result<Reply, FsError> {
         let mut ns = self.namespace.write();
         let index = ns.applied().next();
-        let mut applied = ns.apply(index, &[Command { request, answered: seq - 1, at, op }], Batch::new()).unwrap();
+        let mut applied = ns.apply(index, &[command], Batch::new()).unwrap();
         // As consensus may do it: still under the lock of the replica.
         let servers: Vec<_> = self.servers.lock().iter().filter_map(Weak::upgrade).collect();
         for server in servers {
@@ -170,6 +204,33 @@ impl std::ops::Deref for Server {
     }
 }
 
+const NO_ANSWER: FsError = FsError::NoQuorum { waited: Duration::from_secs(1) };
+
+struct Numbered {
+    cluster: Arc<Cluster>,
+    seq: u64,
+}
+
+#[async_trait]
+impl Request for Numbered {
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        // Let others run between the merge and the commit, as the network would.
+        tokio::task::yield_now().await;
+        run(&self.cluster.before_propose);
+        let fate = self.cluster.fate.lock().take();
+        match fate {
+            None => return self.cluster.apply_as(self.seq, op),
+            Some(Fate::Happens) => drop(self.cluster.apply_as(self.seq, op)),
+            Some(Fate::HappensLate) => {
+                let command = self.cluster.command(self.seq, op);
+                self.cluster.late.lock().push(command);
+            }
+            Some(Fate::Lost) => {}
+        }
+        Err(NO_ANSWER)
+    }
+}
+
 struct Access {
     cluster: Arc<Cluster>,
 }
@@ -180,11 +241,8 @@ impl Metadata for Access {
         &self.cluster.namespace
     }
 
-    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        // Let others run between the merge and the commit, as the network would.
-        tokio::task::yield_now().await;
-        run(&self.cluster.before_propose);
-        self.cluster.apply(op)
+    fn request(&self) -> Arc<dyn Request> {
+        Arc::new(Numbered { cluster: self.cluster.clone(), seq: self.cluster.seq.fetch_add(1, SeqCst) })
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

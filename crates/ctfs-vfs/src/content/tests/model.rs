@@ -7,7 +7,7 @@ use ctfs_meta::SetAttr;
 use ctfs_types::Ino;
 use proptest::prelude::*;
 
-use super::harness::{CELL, Cluster, Server, pattern};
+use super::harness::{CELL, Cluster, Fate, Server, pattern};
 use crate::FsError;
 
 /// Just over three cells.
@@ -25,6 +25,10 @@ enum Step {
     Seek { offset: u64 },
     Flush,
     FailedFlush,
+    /// A flush that is not answered.
+    DoubtfulFlush { fate: Fate },
+    /// What is late comes now.
+    Deliver,
     Evict,
 }
 
@@ -57,6 +61,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => offset().prop_map(|offset| Step::Seek { offset }),
         3 => Just(Step::Flush),
         1 => Just(Step::FailedFlush),
+        2 => prop_oneof![Just(Fate::Happens), Just(Fate::HappensLate), Just(Fate::Lost)]
+            .prop_map(|fate| Step::DoubtfulFlush { fate }),
+        1 => Just(Step::Deliver),
         2 => Just(Step::Evict),
     ]
 }
@@ -162,6 +169,14 @@ async fn run(cluster: &Arc<Cluster>, server: &Server, ino: Ino, model: &mut Mode
             cluster.failing_puts.store(0, SeqCst);
             prop_assert_eq!(server.take_error(ino), failed.err());
         }
+        Step::DoubtfulFlush { fate } => {
+            *cluster.fate.lock() = Some(fate);
+            let failed = server.flush(ino).await;
+            // Perhaps there was nothing to propose, or an earlier doubt stays.
+            *cluster.fate.lock() = None;
+            prop_assert_eq!(server.take_error(ino), failed.err());
+        }
+        Step::Deliver => cluster.deliver_late(),
         Step::Evict => {
             server.evict_all();
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use ctfs_types::Timestamp;
+use futures_util::FutureExt;
 
 use super::*;
 use crate::{SetAttrRequest, SetTime};
@@ -353,6 +354,24 @@ async fn cut_off_from_the_majority_names_and_writes_fail_with_eio_and_nothing_is
     assert_eq!(errno(vfs.lookup(ROOT, b"f").await), libc::EIO);
     assert_eq!(errno(vfs.getattr(ino).await), libc::EIO);
     assert_eq!(errno(vfs.unlink(ROOT, b"f").await), libc::EIO);
+}
+
+/// `df` and `ls -d` open a directory and do not list it; without a lease that took the five seconds
+/// of a barrier.
+#[tokio::test]
+async fn cut_off_from_the_majority_a_directory_opens_at_once_and_is_not_listed() {
+    let world = World::new(1);
+    let vfs = world.vfs(0);
+    let dir = vfs.mkdir(Caller::ROOT, ROOT, b"d", 0o755, 0).await.unwrap().ino;
+    let ino = file(vfs, ROOT, "f", b"").await.ino;
+    world.servers[0].meta.cut_off();
+    for dir in [ROOT, dir] {
+        let handle = vfs.opendir(dir).now_or_never().expect("waits for nobody").unwrap();
+        assert_eq!(errno(vfs.readdir(dir, 0, 10, false).await), libc::EIO, "a listing is never of the past");
+        vfs.releasedir(handle).await;
+    }
+    assert_eq!(errno(vfs.opendir(ino).await), libc::ENOTDIR);
+    assert_eq!(errno(vfs.opendir(Ino(999)).await), libc::EIO, "it may have been made elsewhere");
 }
 
 #[tokio::test]

@@ -8,8 +8,8 @@ use std::{
     collections::BTreeMap,
     path::Path,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -19,7 +19,7 @@ use bytes::Bytes;
 use ctfs_chunk::{CacheTier, TierSettings};
 use ctfs_meta::{Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace};
 use ctfs_types::{ChunkId, Incarnation, LogIndex, NodeId, RequestId};
-use ctfs_vfs::{ChunkAccess, FsError, Metadata, SpaceReport, Vfs, VfsSettings};
+use ctfs_vfs::{ChunkAccess, FsError, Metadata, Request, SpaceReport, Vfs, VfsSettings};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
@@ -33,6 +33,7 @@ pub struct Cluster {
     replica: SharedNamespace,
     /// Index of the last entry; held while it is applied and told, so that all see one order.
     order: Mutex<u64>,
+    requests: AtomicU64,
     listeners: Mutex<Vec<Listener>>,
     told: Mutex<Vec<watch::Receiver<LogIndex>>>,
     chunks: Mutex<BTreeMap<ChunkId, Bytes>>,
@@ -44,6 +45,7 @@ impl Cluster {
         Arc::new(Self {
             replica: Arc::new(RwLock::new(namespace)),
             order: Mutex::new(0),
+            requests: AtomicU64::new(0),
             listeners: Mutex::default(),
             told: Mutex::default(),
             chunks: Mutex::default(),
@@ -61,7 +63,8 @@ impl Cluster {
 
     /// Another server of this cluster, numbered `node`, with its cache tier in `dir`.
     pub fn server(self: &Arc<Self>, node: u64, dir: &Path, settings: VfsSettings) -> Server {
-        let meta = Arc::new(MemoryMeta {
+        let meta = Arc::new_cyclic(|itself| MemoryMeta {
+            itself: itself.clone(),
             cluster: self.clone(),
             node: NodeId(node),
             leased: AtomicBool::new(true),
@@ -82,6 +85,7 @@ pub struct Server {
 }
 
 pub struct MemoryMeta {
+    itself: Weak<MemoryMeta>,
     cluster: Arc<Cluster>,
     node: NodeId,
     leased: AtomicBool,
@@ -106,14 +110,49 @@ impl Metadata for MemoryMeta {
         &self.cluster.replica
     }
 
+    fn request(&self) -> Arc<dyn Request> {
+        let seq = self.cluster.requests.fetch_add(1, Ordering::SeqCst) + 1;
+        Arc::new(Numbered { meta: self.itself.upgrade().expect("asked of a living server"), seq })
+    }
+
+    async fn barrier(&self) -> Result<(), FsError> {
+        self.reach()
+    }
+
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn incarnation(&self) -> Incarnation {
+        Incarnation(1)
+    }
+
+    fn leased(&self) -> bool {
+        self.leased.load(Ordering::SeqCst)
+    }
+}
+
+struct Numbered {
+    meta: Arc<MemoryMeta>,
+    seq: u64,
+}
+
+#[async_trait]
+impl Request for Numbered {
     async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.meta.propose_as(self.seq, op).await
+    }
+}
+
+impl MemoryMeta {
+    async fn propose_as(&self, seq: u64, op: Op) -> Result<Reply, FsError> {
         self.reach()?;
         let (index, verdict) = {
             let mut order = self.cluster.order.lock();
             *order += 1;
             let command = Command {
-                request: RequestId { client: self.node.0, seq: *order },
-                answered: *order - 1,
+                request: RequestId { client: self.node.0, seq },
+                answered: 0,
                 at: std::time::SystemTime::now().into(),
                 op,
             };
@@ -131,22 +170,6 @@ impl Metadata for MemoryMeta {
             let _ = tokio::time::timeout(LEASE, told.wait_for(|told| *told >= index)).await;
         }
         Ok(verdict?)
-    }
-
-    async fn barrier(&self) -> Result<(), FsError> {
-        self.reach()
-    }
-
-    fn node(&self) -> NodeId {
-        self.node
-    }
-
-    fn incarnation(&self) -> Incarnation {
-        Incarnation(1)
-    }
-
-    fn leased(&self) -> bool {
-        self.leased.load(Ordering::SeqCst)
     }
 }
 
