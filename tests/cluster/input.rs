@@ -1,8 +1,8 @@
 //! Bad input gives one clear error and loses nothing.
 
-use std::{fs, process::Command};
+use std::{fs, path::Path, process::Command, time::Duration};
 
-use crate::support::{CTFS, Cluster, noise, text, write_synced};
+use crate::support::{CTFS, Cluster, noise, text, wait_for, write_synced};
 
 /// Runs `ctfs up` for a server that does not exist yet, in the namespace of server 1.
 fn up(cluster: &Cluster, args: &str) -> (i32, String) {
@@ -117,13 +117,7 @@ fn a_full_disk_is_an_error_and_loses_nothing() {
     let image = tempfile::tempdir_in("/var/tmp").unwrap();
     let disk = image.path().join("disk");
     let name = "t-full";
-    fs::create_dir(&disk).unwrap();
-    let made = Command::new("bash")
-        .args(["-euc", &format!("truncate -s 700M {0}.img; mkfs.ext4 -q {0}.img; mount -o loop {0}.img {0}", disk.display())])
-        .status()
-        .unwrap();
-    assert!(made.success());
-    let unmount = Unmount(disk.clone());
+    let unmount = loop_disk(&disk, "700M");
     {
         let cluster = Cluster::start_in("full", 1, "--cache-size 64MiB", "", &disk.join(name));
         let mnt = cluster.mnt(1);
@@ -150,6 +144,84 @@ fn a_full_disk_is_an_error_and_loses_nothing() {
         fs::write(mnt.join("small"), "small").unwrap();
     }
     drop(unmount);
+}
+
+#[test]
+fn a_cache_gives_way_to_whatever_else_fills_its_disk_and_a_full_disk_does_not_keep_a_server_down() {
+    let image = tempfile::tempdir_in("/var/tmp").unwrap();
+    let disk = image.path().join("disk");
+    let unmount = loop_disk(&disk, "1500M");
+    {
+        let cluster = Cluster::start_in("giveway", 1, "--cache-size 300MiB", "", &disk.join("t-giveway"));
+        let (mnt, cache) = (cluster.mnt(1), cluster.state(1).join("cache"));
+        let name = |n: u64| mnt.join(format!("f{n}"));
+        let mut written = 0..0;
+        let mut write = |more: u64| {
+            for n in written.end..written.end + more {
+                write_synced(&name(n), &noise(n, 8 << 20)).unwrap();
+            }
+            written.end += more;
+            written.clone()
+        };
+        let check = |files: std::ops::Range<u64>| {
+            for n in files {
+                assert!(fs::read(name(n)).unwrap() == noise(n, 8 << 20), "f{n}");
+            }
+        };
+        write(12);
+        assert!(taken(&cache) > 40 << 20, "{} bytes cached", taken(&cache));
+
+        // Somebody else takes so much that the reserve is not free even without the cache.
+        let filler = disk.join("filler");
+        let take = (free(&disk) - (200 << 20)).to_string();
+        assert!(Command::new("fallocate").args(["-l", &take]).arg(&filler).status().unwrap().success());
+        wait_for("the cache to give way", Duration::from_secs(20), || (taken(&cache) < 4 << 20).then_some(()));
+        wait_for("df to say that nothing can be written", Duration::from_secs(20), || (free(&mnt) == 0).then_some(()));
+        let refused = write_synced(&mnt.join("more"), &noise(99, 8 << 20)).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC), "{refused}");
+        fs::create_dir(mnt.join("names-still-work")).unwrap();
+        fs::write(mnt.join("small"), "small").unwrap();
+        fs::remove_file(&filler).unwrap();
+        wait_for("df to show the room", Duration::from_secs(20), || (free(&mnt) > 0).then_some(()));
+        let files = write(6);
+        check(files.clone());
+
+        // Killed, and the disk filled to the last block: the cache starts empty, which is room.
+        assert!(taken(&cache) > 40 << 20, "{} bytes cached", taken(&cache));
+        cluster.kill(1);
+        let full = Command::new("dd").args(["if=/dev/zero", "bs=1M", "status=none"]).arg(format!("of={}", filler.display())).status().unwrap();
+        assert!(!full.success(), "dd goes on until the disk is full");
+        // Not healthy, as it says itself, but up.
+        cluster.restart(1);
+        check(files);
+        fs::remove_file(name(0)).unwrap();
+        fs::remove_file(&filler).unwrap();
+        wait_for("changes to be taken again", Duration::from_secs(20), || fs::create_dir(mnt.join("up-again")).ok());
+        assert_eq!(fs::read_to_string(mnt.join("small")).unwrap(), "small");
+    }
+    drop(unmount);
+}
+
+/// Bytes that programs may still write where `path` is.
+fn free(path: &Path) -> u64 {
+    let stat = rustix::fs::statvfs(path).unwrap();
+    stat.f_bavail * stat.f_frsize
+}
+
+/// Bytes on disk under `dir`.
+fn taken(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    let of = |path: &Path| fs::symlink_metadata(path).map_or(0, |meta| meta.blocks() * 512);
+    entries.flatten().map(|e| if e.path().is_dir() { taken(&e.path()) } else { of(&e.path()) }).sum()
+}
+
+/// Mounts a file system of its own on `disk`.
+fn loop_disk(disk: &Path, size: &str) -> Unmount {
+    fs::create_dir(disk).unwrap();
+    let line = format!("truncate -s {size} {0}.img; mkfs.ext4 -q {0}.img; mount -o loop {0}.img {0}", disk.display());
+    assert!(Command::new("bash").args(["-euc", &line]).status().unwrap().success());
+    Unmount(disk.to_owned())
 }
 
 /// Takes a loop mount away, also when the test fails.
