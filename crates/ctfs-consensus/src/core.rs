@@ -15,13 +15,15 @@ use openraft::{EmptyNode, Raft, RaftMetrics, ServerState};
 use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
     boottime::BootTime,
     error::ProposeError,
+    health::{Health, Space},
     ledger::Ledger,
+    machine::StateMachine,
     messages,
     network::{QuorumClock, Transport, TransportError},
     proposer::Ticket,
@@ -92,6 +94,7 @@ impl Numbers {
 pub(crate) struct Core {
     pub settings: Settings,
     pub me: NodeId,
+    pub health: Health,
     pub raft: Raft<TypeConfig>,
     pub replica: SharedNamespace,
     pub transport: Arc<dyn Transport>,
@@ -106,6 +109,8 @@ pub(crate) struct Core {
     pub committed: AtomicU64,
     /// There while this server leads.
     pub ledger: Mutex<Option<Ledger>>,
+    /// Members that said last that their disk is short of room.
+    pub short_of_room: Mutex<BTreeSet<NodeId>>,
     pub lease: Mutex<Option<Lease>>,
     /// The highest index a reader here waits to become visible.
     pub wanted: watch::Sender<LogIndex>,
@@ -127,14 +132,56 @@ impl Core {
         let applied = log_index_of(metrics.last_applied);
         self.relay.catch_up(applied);
         self.committed.fetch_max(applied.0, Ordering::Relaxed);
+        // A failure of ours is the better reason; openraft only ends because of it.
+        let ended = metrics.running_state.as_ref().err().map(ToString::to_string);
+        if let Some(why) = self.health.failed().or(ended) {
+            return self.stop(&why);
+        }
+        if self.stopped().is_some() {
+            return;
+        }
         self.keep_ledger(metrics, applied);
-        let view = View {
-            term: metrics.current_term,
-            leader: metrics.current_leader.map(node_id),
-            stopped: metrics.running_state.as_ref().err().map(ToString::to_string),
-        };
+        let view = View { term: metrics.current_term, leader: metrics.current_leader.map(node_id), stopped: None };
         publish(&self.leader_watch, view.leader);
         publish(&self.view, view);
+    }
+
+    /// Ends this server's part for good: it leads nobody, reads nothing, answers nobody. The first
+    /// reason stays.
+    pub fn stop(&self, why: &str) {
+        self.view.send_if_modified(|view| {
+            view.leader = None;
+            let first = view.stopped.is_none();
+            view.stopped.get_or_insert_with(|| why.to_owned());
+            first
+        });
+        *self.ledger.lock() = None;
+        *self.lease.lock() = None;
+        publish(&self.leader_watch, None);
+    }
+
+    /// Why this server must be silent to the others now: they shall do without it.
+    pub fn silent(&self) -> Option<String> {
+        if let Some(why) = &self.view.borrow().stopped {
+            return Some(format!("consensus has stopped: {why}"));
+        }
+        if self.health.waits() {
+            return Some("the disk of the log is full".to_owned());
+        }
+        let busy = self.health.busy_for();
+        (busy > self.settings.timings.election_max * 2).then(|| format!("the disk of the log has not answered for {busy:?}"))
+    }
+
+    /// At the leader: whether so many voters are short of room that the others are no majority.
+    /// Fewer do no harm; when their disks are full, the volume goes on without them.
+    pub fn is_short_of_room(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let own = self.health.space() != Space::Enough;
+        let short = self.short_of_room.lock();
+        let is_short = |node: &&u64| if **node == raft_node(self.me) { own } else { short.contains(&node_id(**node)) };
+        let configs = metrics.membership_config.membership().get_joint_config();
+        configs.iter().any(|voters| voters.iter().filter(is_short).count() * 2 >= voters.len())
     }
 
     /// The ledger lives exactly as long as this server's leadership of one term.
@@ -275,11 +322,39 @@ pub(crate) async fn follow(core: Arc<Core>, mut metrics: watch::Receiver<Metrics
         let now = metrics.borrow_and_update().clone();
         core.observe(&now);
         if metrics.changed().await.is_err() {
-            core.view.send_modify(|view| {
-                view.stopped.get_or_insert_with(|| "openraft has ended".to_owned());
-            });
+            core.stop("openraft has ended");
             return;
         }
+    }
+}
+
+/// Ends this server's part when its disk, its store or the state machine has failed: openraft may
+/// not have noticed, and would go on sending heartbeats.
+pub(crate) async fn end_when_failed(core: Arc<Core>, machine: StateMachine) {
+    let mut failed = core.health.watch_failed();
+    let why = match failed.wait_for(Option::is_some).await {
+        Ok(why) => why.clone().unwrap_or_default(),
+        Err(_) => return,
+    };
+    core.stop(&why);
+    // Whether it could be marked or not, the others must not wait for us.
+    let _ = tokio::task::spawn_blocking(move || machine.poison_failed_store()).await;
+    if let Err(error) = core.raft.shutdown().await {
+        tracing::warn!(%error, "openraft broke down");
+    }
+}
+
+/// A server that comes back from a full disk has heard nobody for long. It must hear its leader
+/// before it may stand for election, or its higher term would depose that one.
+pub(crate) async fn hold_back(core: Arc<Core>) {
+    let mut waiting = core.health.watch_waiting();
+    while waiting.wait_for(|waiting| *waiting).await.is_ok() {
+        core.raft.runtime_config().elect(false);
+        if waiting.wait_for(|waiting| !*waiting).await.is_err() {
+            return;
+        }
+        sleep(core.settings.timings.election_max * 2).await;
+        core.raft.runtime_config().elect(true);
     }
 }
 

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use crate::health::sync_failed;
+
 /// Makes names created, renamed or removed in `dir` durable.
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
@@ -34,14 +36,15 @@ pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Replaces `path` by `bytes`: afterwards it holds all of the old content or all of the new.
+/// Replaces `path` by `bytes`: afterwards it holds all of the old content or all of the new. May
+/// be repeated when there was no room.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let fresh = path.with_extension("new");
     let mut file = File::create(&fresh)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    file.sync_all().map_err(sync_failed)?;
     fs::rename(&fresh, path)?;
-    sync_parent(path)
+    sync_parent(path).map_err(sync_failed)
 }
 
 /// The content of `path`; `None` when there is no such file.

@@ -17,6 +17,9 @@ pub enum ProposeError {
     /// Only the leader can do this.
     #[error("this server does not lead, {} does", leader.map_or("nobody".to_owned(), |node| node.to_string()))]
     NotLeader { leader: Option<NodeId> },
+    /// The disks of too many servers are nearly full, or this server's is. It did not happen.
+    #[error("the disks that hold the metadata are full")]
+    NoSpace,
     /// Cut it into several commands.
     #[error("command of {bytes} bytes is over the limit of {max}")]
     TooLarge { bytes: usize, max: usize },

@@ -26,6 +26,7 @@ const READMISSION_PAUSE_MAX: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub(crate) struct Ledger {
     pub term: u64,
+    pub opened: BootTime,
     /// Every change an earlier leader may have answered is at or below this.
     floor: LogIndex,
     /// The leader has applied up to here.
@@ -99,6 +100,7 @@ impl Ledger {
         let peer = Peer { counted_until: Some(until), owes: Some((last_log, now)), ..Peer::new(now) };
         Self {
             term,
+            opened: now,
             floor: last_log,
             applied,
             visible,

@@ -5,6 +5,8 @@
 //! and its copy-aside view, with `write_behind` between them), [`snapshot`] (the state as a file), [`machine`] (entries into state),
 //! [`storage`] (opening all of it, and rebuilding what does not check).
 //!
+//! Beside both: [`health`] (a disk that failed, a disk that is full).
+//!
 //! The running server reads in this order: [`runtime`] (what the rest of the program holds),
 //! `core` (what its tasks share), `proposer` (commands on their way into the log), `visibility`
 //! and `ledger` (leases and reads), [`network`] (between servers), `membership`, [`status`].
@@ -13,6 +15,7 @@ mod boottime;
 mod core;
 mod durable;
 pub mod error;
+pub mod health;
 mod ledger;
 pub mod log;
 pub mod machine;
@@ -37,6 +40,7 @@ mod visibility;
 mod write_behind;
 
 pub use error::{ProposeError, StartError};
+pub use health::Space;
 pub use network::{Transport, TransportError};
 pub use observer::Observer;
 pub use proposer::Request;

@@ -7,7 +7,7 @@
 //!
 //! [`Namespace::apply`]: ctfs_meta::Namespace::apply
 
-use std::{fmt, fs::File, sync::Arc};
+use std::{fmt, fs::File, sync::Arc, time::Duration};
 
 use ctfs_meta::{Command, SharedNamespace, StoreError};
 use openraft::{
@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use tracing::{error, info, warn};
 
 use crate::{
+    health::{Health, Space, is_full},
     log::Coverage,
     observer::Observer,
     raft_types::{
@@ -46,6 +47,7 @@ struct Inner {
     snapshots: SnapshotDir,
     /// Told of every snapshot that is durable.
     coverage: Coverage,
+    health: Health,
     live: Mutex<Live>,
     /// Held while a snapshot is built: there is one cursor at a time.
     building: Mutex<()>,
@@ -79,6 +81,20 @@ enum MachineError {
     Panic(String),
 }
 
+impl MachineError {
+    /// Whether it may be tried again when there is room.
+    fn is_full(&self) -> bool {
+        matches!(self, Self::Snapshot(SnapshotError::Io(error)) if is_full(error))
+    }
+}
+
+/// What a snapshot takes while it is unpacked beside the old state, in sizes of its file.
+const UNPACKED: u64 = 4;
+/// And what it takes at least.
+const SNAPSHOT_ROOM: u64 = 16 << 20;
+/// One that found no room is tried again after this long.
+const SNAPSHOT_PAUSE: Duration = Duration::from_secs(10);
+
 impl StateMachine {
     pub(crate) fn new(
         state: State,
@@ -86,6 +102,7 @@ impl StateMachine {
         snapshots: SnapshotDir,
         snapshot_at: Option<RaftLogId>,
         coverage: Coverage,
+        health: Health,
         observer: Arc<dyn Observer>,
     ) -> Self {
         let State { number, versions, namespace, reached } = state;
@@ -95,6 +112,7 @@ impl StateMachine {
             states,
             snapshots,
             coverage,
+            health,
             live: Mutex::new(Live { number, versions, reached }),
             building: Mutex::new(()),
             current: Mutex::new(snapshot_at),
@@ -113,6 +131,14 @@ impl StateMachine {
     pub fn checkpoint(&self) -> Result<(), StoreError> {
         let versions = self.inner.live.lock().versions.clone();
         versions.store().checkpoint()
+    }
+
+    /// Marks the store to be rebuilt if it was the one that failed. Blocks for the disk.
+    pub(crate) fn poison_failed_store(&self) {
+        let failed = self.inner.live.lock().versions.store().failed();
+        if let Some(why) = failed {
+            self.inner.fail(&why.to_string());
+        }
     }
 
     /// Runs `step` on a thread that may block.
@@ -152,6 +178,7 @@ impl Inner {
         let number = self.live.lock().number;
         error!(number, why, "the metadata store failed; it will be rebuilt at the next start");
         *self.failed.lock() = Some(why.to_owned());
+        self.health.fail(&format!("the metadata store failed: {why}"));
         if let Err(error) = self.states.poison(number, why) {
             error!(%error, "the failed metadata store could not be marked");
         }
@@ -211,6 +238,9 @@ impl Inner {
                 let records = cursor.next(SLICE_RECORDS, SLICE_BYTES)?;
                 if records.is_empty() {
                     return Ok(writer.finish()?);
+                }
+                if self.health.space() == Space::Full {
+                    return Err(SnapshotError::Io(rustix::io::Errno::NOSPC.into()).into());
                 }
                 writer.records(&records)?;
             }
@@ -280,6 +310,11 @@ impl Inner {
         info!(at = ?meta.last_log_id, "snapshot installed");
         self.observer.installed_snapshot();
         Ok(())
+    }
+
+    fn current_bytes(&self) -> u64 {
+        let file = self.snapshots.current().ok().flatten();
+        file.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len())
     }
 
     fn cover(&self, upto: Option<RaftLogId>) {
@@ -356,6 +391,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         // Its last write may still be under way, and its error unheard.
         tokio::io::AsyncWriteExt::flush(&mut snapshot).await.map_err(|error| failed(&error))?;
         let file = snapshot.into_std().await;
+        let bytes = file.metadata().map_err(|error| failed(&error))?.len();
+        self.inner.health.await_room_for(bytes.saturating_mul(UNPACKED) + SNAPSHOT_ROOM, "install a snapshot").await;
         let wanted = meta.clone();
         let installed = self.blocking(move |inner| inner.install(&wanted, &file)).await;
         if let Err(error) = &installed {
@@ -375,10 +412,19 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
 impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
     async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, RaftStorageError> {
-        let (meta, file) = self
-            .blocking(|inner| inner.build())
-            .await
-            .map_err(|error| StorageIOError::write_snapshot(None, AnyError::new(&error)))?;
+        // Of about the size of the one before. openraft would end for want of room; it waits instead.
+        let before = self.blocking(|inner| Ok(inner.current_bytes())).await.unwrap_or(0);
+        let built = loop {
+            self.inner.health.await_room_for(before + SNAPSHOT_ROOM, "build a snapshot").await;
+            match self.blocking(|inner| inner.build()).await {
+                Err(error) if error.is_full() && !self.inner.health.stopping() => {
+                    warn!(%error, "no room for a snapshot; it is tried again");
+                    tokio::time::sleep(SNAPSHOT_PAUSE).await;
+                }
+                built => break built,
+            }
+        };
+        let (meta, file) = built.map_err(|error| StorageIOError::write_snapshot(None, AnyError::new(&error)))?;
         Ok(Snapshot { meta, snapshot: Box::new(tokio::fs::File::from_std(file)) })
     }
 }

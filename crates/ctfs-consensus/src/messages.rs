@@ -48,9 +48,18 @@ pub(crate) struct Forward {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Forwarded {
     NotLeader,
-    /// One for each command, in order. `None`: it may have happened or not; ask again under the
-    /// same request id.
-    Answers(Vec<Option<Answer>>),
+    /// One for each command, in order.
+    Answers(Vec<Fate>),
+}
+
+/// What became of a forwarded command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Fate {
+    Answered(Answer),
+    /// It may have happened or not; ask again under the same request id.
+    Unsure,
+    /// It did not happen, for want of room.
+    NoSpace,
 }
 
 /// A command was applied at `index`, and is visible.
@@ -65,6 +74,7 @@ pub(crate) struct Answer {
 pub(crate) struct Renew {
     pub incarnation: Incarnation,
     pub acked: LogIndex,
+    pub short_of_room: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

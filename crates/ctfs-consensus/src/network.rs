@@ -64,6 +64,8 @@ pub enum TransportError {
 #[derive(Default)]
 pub(crate) struct QuorumClock {
     acks: Mutex<Acks>,
+    /// When an answer came last, whatever it said.
+    answered: Mutex<BTreeMap<u64, BootTime>>,
 }
 
 #[derive(Default)]
@@ -103,6 +105,16 @@ impl QuorumClock {
                 times.get(voters.len() / 2).copied()
             })
             .min()?
+    }
+
+    /// `target` runs and answered.
+    fn answered(&self, target: u64) {
+        self.answered.lock().insert(target, BootTime::now());
+    }
+
+    /// When `node` last answered a heartbeat, an append or a part of a snapshot.
+    pub fn last_answered(&self, node: u64) -> Option<BootTime> {
+        self.answered.lock().get(&node).copied()
     }
 
     /// When `node` last acknowledged anything in this term.
@@ -153,7 +165,10 @@ impl Peer {
             Err(error) => return Err(RPCError::Unreachable(Unreachable::new(&error))),
         };
         match messages::decode::<Result<T, RaftError<u64, E>>>(&answer) {
-            Ok(Ok(response)) => Ok(response),
+            Ok(Ok(response)) => {
+                self.clock.answered(self.target);
+                Ok(response)
+            }
             // The target's openraft is dead; a pause, not a hot loop.
             Ok(Err(RaftError::Fatal(fatal))) => Err(RPCError::Unreachable(Unreachable::new(&fatal))),
             Ok(Err(refusal)) => Err(RPCError::RemoteError(RemoteError::new(self.target, refusal))),

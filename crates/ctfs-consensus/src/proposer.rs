@@ -26,7 +26,8 @@ use tokio::{
 use crate::{
     core::Core,
     error::ProposeError,
-    messages::{self, Answer, Forward, Forwarded, service},
+    health::grows,
+    messages::{self, Answer, Fate, Forward, Forwarded, service},
     raft_types::{Entries, TypeConfig, log_index},
     settings::COMMAND_BYTES_MAX,
 };
@@ -50,6 +51,18 @@ pub(crate) enum Outcome {
     NotLeader,
     /// It may have happened.
     Unsure,
+    /// It did not happen by this try.
+    NoSpace,
+}
+
+impl From<Fate> for Outcome {
+    fn from(fate: Fate) -> Self {
+        match fate {
+            Fate::Answered(answer) => Self::Answered(answer),
+            Fate::Unsure => Self::Unsure,
+            Fate::NoSpace => Self::NoSpace,
+        }
+    }
 }
 
 /// One request of this server: all commands proposed through it happen once, together.
@@ -107,6 +120,10 @@ impl Request {
             if let Some(stopped) = core.stopped() {
                 return Err(stopped);
             }
+            if self.once.load(Relaxed) && core.health.waits() {
+                // It could not be applied here.
+                return Err(ProposeError::NoSpace);
+            }
             let leader = core.leader();
             if let Some(leader) = leader {
                 let first = self.once.swap(false, Relaxed);
@@ -118,7 +135,11 @@ impl Request {
                         return if applied { Ok(answer.verdict) } else { Err(no_quorum()) };
                     }
                     Outcome::NotLeader => self.once.store(first, Relaxed),
-                    Outcome::Unsure => {}
+                    Outcome::NoSpace if first => {
+                        self.once.store(true, Relaxed);
+                        return Err(ProposeError::NoSpace);
+                    }
+                    Outcome::Unsure | Outcome::NoSpace => {}
                 }
             }
             core.await_other_leader(leader, deadline).await;
@@ -133,6 +154,9 @@ impl Core {
     }
 
     async fn attempt(&self, leader: NodeId, command: &Command, bytes: usize, deadline: Instant) -> Outcome {
+        if leader == self.me && grows(&command.op) && self.is_short_of_room() {
+            return Outcome::NoSpace;
+        }
         let (answer, answered) = oneshot::channel();
         let ticket = Ticket { command: command.clone(), bytes, deadline, answer };
         let queue = if leader == self.me { &self.entries } else { &self.outbox };
@@ -169,13 +193,20 @@ impl Core {
             return Ok(Forwarded::NotLeader);
         }
         let deadline = Instant::now() + message.patience.min(self.settings.timings.propose_deadline);
-        let unsure = || Forwarded::Answers(vec![None; sizes.len()]);
+        let unsure = || Forwarded::Answers(vec![Fate::Unsure; sizes.len()]);
+        let no_space = self.is_short_of_room();
         let Ok(Ok(_places)) = timeout_at(deadline, self.places.acquire_many(sizes.len() as u32)).await else {
             return Ok(unsure());
         };
         let mut waiting = Vec::with_capacity(sizes.len());
         for (command, &bytes) in message.commands.into_iter().zip(&sizes) {
             let (answer, answered) = oneshot::channel();
+            if no_space && grows(&command.op) {
+                // Its asker waits below.
+                let _ = answer.send(Outcome::NoSpace);
+                waiting.push(answered);
+                continue;
+            }
             if self.entries.send(Ticket { command, bytes, deadline, answer }).await.is_err() {
                 return Ok(unsure());
             }
@@ -185,12 +216,13 @@ impl Core {
         let mut refused = 0;
         for answered in waiting {
             answers.push(match timeout_at(deadline, answered).await {
-                Ok(Ok(Outcome::Answered(answer))) => Some(answer),
+                Ok(Ok(Outcome::Answered(answer))) => Fate::Answered(answer),
                 Ok(Ok(Outcome::NotLeader)) => {
                     refused += 1;
-                    None
+                    Fate::Unsure
                 }
-                Ok(Ok(Outcome::Unsure) | Err(_)) | Err(_) => None,
+                Ok(Ok(Outcome::NoSpace)) => Fate::NoSpace,
+                Ok(Ok(Outcome::Unsure) | Err(_)) | Err(_) => Fate::Unsure,
             });
         }
         Ok(if refused == answers.len() { Forwarded::NotLeader } else { Forwarded::Answers(answers) })
@@ -327,7 +359,7 @@ async fn send(core: &Core, batch: Vec<Ticket>) {
     let outcomes: Vec<Outcome> =
         match core.call_leader(leader, service::FORWARD, messages::encode(&message), deadline).await {
             Ok(Forwarded::Answers(answers)) if answers.len() == askers.len() => {
-                answers.into_iter().map(|answer| answer.map_or(Outcome::Unsure, Outcome::Answered)).collect()
+                answers.into_iter().map(Outcome::from).collect()
             }
             Ok(Forwarded::Answers(_)) | Err(_) => askers.iter().map(|_| Outcome::Unsure).collect(),
             Ok(Forwarded::NotLeader) => askers.iter().map(|_| Outcome::NotLeader).collect(),

@@ -24,6 +24,7 @@ use crate::{
     boottime::BootTime,
     core::{self, Core, Numbers, View},
     error::{ProposeError, StartError},
+    health::Space,
     messages::{self, AwaitVisible, Forward, ReadIndex, Renew, service},
     network::{PeerNetwork, QuorumClock, Transport, encode_result},
     observer::Observer,
@@ -73,6 +74,7 @@ impl Consensus {
             .map_err(|error| StartError::Raft(error.to_string()))??;
         let clock = Arc::new(QuorumClock::default());
         let network = PeerNetwork { me: raft_node(settings.node), transport: transport.clone(), clock: clock.clone() };
+        let machine = storage.machine.clone();
         let raft = Raft::new(raft_node(settings.node), Arc::new(config), network, storage.log, storage.machine)
             .await
             .map_err(|error| StartError::Raft(error.to_string()))?;
@@ -83,6 +85,7 @@ impl Consensus {
         let (outbox, outbox_queue) = mpsc::channel(queued);
         let core = Arc::new(Core {
             me: settings.node,
+            health: storage.health,
             raft: raft.clone(),
             replica: storage.replica,
             transport,
@@ -94,6 +97,7 @@ impl Consensus {
             visible: watch::Sender::new(LogIndex(0)),
             committed: AtomicU64::new(0),
             ledger: Mutex::new(None),
+            short_of_room: Mutex::default(),
             lease: Mutex::new(None),
             wanted: watch::Sender::new(LogIndex(0)),
             readers,
@@ -110,6 +114,8 @@ impl Consensus {
 
         let tasks = vec![
             spawn(core::follow(core.clone(), raft.metrics())),
+            spawn(core::end_when_failed(core.clone(), machine)),
+            spawn(core::hold_back(core.clone())),
             spawn(visibility::renew(core.clone())),
             spawn(visibility::lapse(core.clone())),
             spawn(visibility::chase(core.clone())),
@@ -147,7 +153,7 @@ impl Consensus {
     /// # Errors
     /// - [`ProposeError::NoQuorum`]: no answer within [`Timings::propose_deadline`]; it may still
     ///   happen later.
-    /// - [`ProposeError::TooLarge`]: it did not happen.
+    /// - [`ProposeError::TooLarge`], [`ProposeError::NoSpace`]: it did not happen.
     /// - [`ProposeError::Stopped`]: it may have happened.
     pub async fn propose(&self, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
         self.core.propose(op).await
@@ -222,9 +228,13 @@ impl Consensus {
     ///
     /// # Errors
     /// A text for the log of the caller: the message does not decode, breaks a limit, or speaks
-    /// for another server than the one it came from.
+    /// for another server than the one it came from; or this server takes no part now, and the
+    /// others shall do without it.
     pub async fn serve(&self, from: NodeId, service: u16, payload: Vec<u8>) -> Result<Vec<u8>, String> {
         let core = &self.core;
+        if let Some(why) = core.silent() {
+            return Err(why);
+        }
         match service {
             service::APPEND_ENTRIES => {
                 let rpc: AppendEntriesRequest<TypeConfig> = decode(&payload)?;
@@ -242,6 +252,9 @@ impl Consensus {
             service::INSTALL_SNAPSHOT => {
                 let rpc: InstallSnapshotRequest<TypeConfig> = decode(&payload)?;
                 speaks_for_itself(from, &rpc.vote)?;
+                if core.health.space() != Space::Enough {
+                    return Err("too little room on the disk for a snapshot".to_owned());
+                }
                 Ok(encode_result(&core.raft.install_snapshot(rpc).await))
             }
             service::FORWARD => {
@@ -278,6 +291,7 @@ impl Consensus {
     /// Ends this server's part. Bounded; what was acknowledged is durable without it.
     pub async fn shutdown(&self) {
         let tasks = std::mem::take(&mut *self.tasks.0.lock());
+        self.core.health.stop();
         if timeout(SHUTDOWN_PATIENCE, self.core.raft.shutdown()).await.is_err() {
             tracing::warn!(node = %self.core.me, "openraft did not end in time");
         }

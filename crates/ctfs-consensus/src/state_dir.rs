@@ -17,6 +17,7 @@ use tracing::warn;
 
 use crate::{
     durable,
+    health::Health,
     raft_types::{RaftLogId, RaftMembership, log_index_of},
     sled_store::{OpenError, SledStore},
     write_behind::WriteBehind,
@@ -89,17 +90,18 @@ pub(crate) enum StateError {
     Unusable(String),
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct StateDir {
     dir: PathBuf,
     cache_bytes: u64,
     verify_bytes_max: u64,
+    health: Health,
 }
 
 impl StateDir {
-    pub fn open(dir: &Path, cache_bytes: u64, verify_bytes_max: u64) -> io::Result<Self> {
+    pub fn open(dir: &Path, cache_bytes: u64, verify_bytes_max: u64, health: Health) -> io::Result<Self> {
         durable::create_dir(dir)?;
-        Ok(Self { dir: dir.to_owned(), cache_bytes, verify_bytes_max })
+        Ok(Self { dir: dir.to_owned(), cache_bytes, verify_bytes_max, health })
     }
 
     fn store_path(&self, number: u64) -> PathBuf {
@@ -141,7 +143,7 @@ impl StateDir {
     }
 
     fn load(&self, number: u64, store: SledStore) -> Result<State, StateError> {
-        let versions = Versions::new(WriteBehind::new(store)?);
+        let versions = Versions::new(WriteBehind::new(store, self.health.clone())?);
         let reached = Reached::load(versions.store())?;
         let namespace = Namespace::open(Box::new(VersionedStore(versions.clone())))?;
         if namespace.applied() != log_index_of(reached.applied) {

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::{
     boottime::BootTime,
     core::{Core, Metrics},
+    health::Space,
     raft_types::{log_index, node_id, raft_node},
 };
 
@@ -36,8 +37,11 @@ pub struct ConsensusStatus {
     pub learners: BTreeSet<NodeId>,
     /// For every member at the leader; empty elsewhere.
     pub servers: BTreeMap<NodeId, ServerStatus>,
-    /// Why openraft has ended, if it has.
+    /// Why this server takes no part any more, if so: its disk or its store failed, or it was told
+    /// to end. It does not come back by itself.
     pub stopped: Option<String>,
+    /// Room on the disk of log and state. [`Space::Full`]: it takes no part until there is some.
+    pub space: Space,
 }
 
 /// One member as the leader sees it.
@@ -53,6 +57,13 @@ pub struct ServerStatus {
     pub leased: bool,
     /// Since it last answered or asked; `None` if never in this term.
     pub last_heard: Option<Duration>,
+    /// Since it last answered a heartbeat, an append or a part of a snapshot of this server; `None`
+    /// if never. Its renewals do not count, nor does a connection that stands.
+    pub last_answered: Option<Duration>,
+    /// Whether it takes part: it answered within one lease. A new leader gives everybody one.
+    pub answers: bool,
+    /// Its disk is short of room, as it said itself.
+    pub short_of_room: bool,
 }
 
 impl Core {
@@ -62,7 +73,7 @@ impl Core {
         let applied = self.relay.applied_index();
         ConsensusStatus {
             node: self.me,
-            leader: metrics.current_leader.map(node_id),
+            leader: self.leader(),
             is_leader: self.leads(),
             term: metrics.current_term,
             applied,
@@ -74,6 +85,7 @@ impl Core {
             learners: membership.learner_ids().map(node_id).collect(),
             servers: if self.leads() { self.servers(&metrics) } else { BTreeMap::new() },
             stopped: self.view.borrow().stopped.clone(),
+            space: self.health.space(),
         }
     }
 
@@ -81,17 +93,28 @@ impl Core {
         let now = BootTime::now();
         let lags = Self::lags(metrics);
         let ledger = self.ledger.lock();
+        let short = self.short_of_room.lock();
+        let patience = self.settings.timings.lease;
+        let led_for = ledger.as_ref().map_or(Duration::ZERO, |ledger| now.since(ledger.opened));
         let server = |node: NodeId| {
             let standing = ledger.as_ref().and_then(|ledger| ledger.standing(node));
             let (matched, lag) =
                 lags.get(&raft_node(node)).copied().unwrap_or_default();
             let heard = self.clock.last(raft_node(node)).max(standing.and_then(|standing| standing.heard));
+            let own = node == self.me;
+            let last_answered = match own {
+                true => Some(Duration::ZERO),
+                false => self.clock.last_answered(raft_node(node)).map(|answered| now.since(answered)),
+            };
             ServerStatus {
                 matched,
                 lag,
                 acked: standing.map_or(LogIndex(0), |standing| standing.acked),
                 leased: standing.is_some_and(|standing| standing.leased),
                 last_heard: heard.map(|heard| now.since(heard)),
+                last_answered,
+                answers: led_for < patience || last_answered.is_some_and(|ago| ago < patience),
+                short_of_room: if own { self.health.space() != Space::Enough } else { short.contains(&node) },
             }
         };
         metrics.membership_config.nodes().map(|(&node, _)| (node_id(node), server(node_id(node)))).collect()

@@ -15,6 +15,7 @@ use ctfs_types::LogIndex;
 use tracing::{error, info, warn};
 
 use crate::{
+    health::Health,
     log::{LogError, LogSettings, LogStore, Recovered},
     machine::StateMachine,
     observer::Observer,
@@ -80,6 +81,7 @@ pub struct Storage {
     pub log: LogStore,
     pub machine: StateMachine,
     pub replica: SharedNamespace,
+    pub health: Health,
 }
 
 impl Storage {
@@ -93,7 +95,8 @@ impl Storage {
         let mut log = Recovered::read(&dir.join("log"))?;
         let snapshots = SnapshotDir::open(&dir.join("snapshots"))?;
         let state_path = dir.join("state");
-        let states = StateDir::open(&state_path, settings.cache_bytes, settings.verify_bytes_max)
+        let health = Health::new(dir);
+        let states = StateDir::open(&state_path, settings.cache_bytes, settings.verify_bytes_max, health.clone())
             .map_err(|source| StorageError::Io { doing: "open state directory", path: state_path, source })?;
 
         let state = open_state(&states, &snapshots, settings)?;
@@ -117,15 +120,15 @@ impl Storage {
             state.versions.store().checkpoint()?;
             log.begin_after(applied)?;
         }
-        let log = LogStore::start(log, settings.log.clone())?;
+        let log = LogStore::start(log, settings.log.clone(), health.clone())?;
         let coverage = log.coverage();
         if let Some(snapshot_at) = snapshot_at {
             coverage.reached(snapshot_at);
         }
         info!(%reached, dir = %dir.display(), "storage opened");
-        let machine = StateMachine::new(state, states, snapshots, snapshot_at, coverage, observer);
+        let machine = StateMachine::new(state, states, snapshots, snapshot_at, coverage, health.clone(), observer);
         let replica = machine.replica();
-        Ok(Self { log, machine, replica })
+        Ok(Self { log, machine, replica, health })
     }
 }
 

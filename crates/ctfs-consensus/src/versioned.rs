@@ -155,7 +155,8 @@ mod tests {
     use super::*;
 
     fn open(dir: &tempfile::TempDir, limit: usize) -> Arc<Versions> {
-        Versions::with_limit(WriteBehind::new(crate::sled_store::SledStore::open(dir.path(), 1 << 20).unwrap()).unwrap(), limit)
+        let sled = crate::sled_store::SledStore::open(dir.path(), 1 << 20).unwrap();
+        Versions::with_limit(WriteBehind::new(sled, crate::health::Health::new(dir.path())).unwrap(), limit)
     }
 
     #[test]

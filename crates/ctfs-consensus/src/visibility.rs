@@ -19,6 +19,7 @@ use crate::{
     boottime::BootTime,
     core::{Core, Lease},
     error::ProposeError,
+    health::Space,
     messages::{self, AwaitVisible, ReadIndex, ReadIndexed, Renew, Renewed, Visible, service},
     raft_types::log_index_of,
 };
@@ -32,6 +33,9 @@ pub(crate) type Reader = oneshot::Sender<Result<LogIndex, ProposeError>>;
 impl Core {
     /// Whether this server holds a lease right now.
     pub fn leased(&self) -> bool {
+        if self.view.borrow().stopped.is_some() {
+            return false;
+        }
         let lease = *self.lease.lock();
         lease.is_some_and(|lease| BootTime::now() < lease.until && self.relay.acked(&self.invalidated) >= lease.from)
     }
@@ -39,6 +43,9 @@ impl Core {
     /// Returns when a read of the local replica shows nothing of the past, and nothing that
     /// another server may not show yet.
     pub async fn barrier(&self) -> Result<(), ProposeError> {
+        if let Some(stopped) = self.stopped() {
+            return Err(stopped);
+        }
         let started = Instant::now();
         let deadline = started + self.settings.timings.barrier_deadline;
         let shown = self.relay.applied_index();
@@ -84,6 +91,10 @@ impl Core {
             ledger.applied(applied, now);
             (ledger.acked(from, renew.incarnation, renew.acked, quorum, now), ledger.visible())
         };
+        {
+            let mut short = self.short_of_room.lock();
+            if renew.short_of_room { short.insert(from) } else { short.remove(&from) };
+        }
         self.raise_visible(visible);
         Renewed::Heard { grant, visible, committed: applied }
     }
@@ -173,9 +184,14 @@ pub(crate) async fn renew(core: Arc<Core>) {
             }
             continue;
         };
-        let asked = BootTime::now();
-        let question = Renew { incarnation: core.settings.incarnation, acked };
         let until = Instant::now() + core.settings.timings.renew;
+        if core.silent().is_some() {
+            core.await_other_leader(Some(leader), until).await;
+            continue;
+        }
+        let asked = BootTime::now();
+        let short_of_room = core.health.space() != Space::Enough;
+        let question = Renew { incarnation: core.settings.incarnation, acked, short_of_room };
         let answer = if leader == core.me {
             Ok(core.heard(core.me, &question))
         } else {

@@ -5,9 +5,12 @@
 //! That takes sled's own writes (two `sync_file_range` a batch) out of every command's way. After
 //! a crash sled is at an earlier log entry, and the entries after it are applied again;
 //! [`WriteBehind::checkpoint`] empties the memory first, and the log is cut only behind one.
+//!
+//! sled does not survive a full disk, so on one nothing is handed to it while memory lasts.
 
 use std::{
     collections::BTreeMap,
+    fmt,
     ops::{Bound, ControlFlow},
     sync::Arc,
     thread,
@@ -17,7 +20,10 @@ use std::{
 use ctfs_meta::{Batch, Store, StoreError};
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use crate::sled_store::{Record, SledStore};
+use crate::{
+    health::{Health, Space},
+    sled_store::{Record, SledStore},
+};
 
 /// Bytes after which the thread writes at once; some thousand commands.
 const SETTLE_BYTES: usize = 4 << 20;
@@ -29,16 +35,16 @@ const SETTLE_AFTER: Duration = Duration::from_millis(500);
 const RECORD_OVERHEAD: usize = 64;
 
 /// Where recent writes are kept. Clones are the same store.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct WriteBehind {
     shared: Arc<Shared>,
     /// Ends the thread when the last clone goes.
     _thread: Arc<Thread>,
 }
 
-#[derive(Debug)]
 struct Shared {
     sled: SledStore,
+    health: Health,
     recent: RwLock<Recent>,
     /// Held while sled takes a batch, so that batches arrive in order.
     settling: Mutex<()>,
@@ -62,10 +68,15 @@ struct Work {
     failed: Option<StoreError>,
 }
 
-#[derive(Debug)]
 struct Thread {
     shared: Arc<Shared>,
     handle: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+impl fmt::Debug for WriteBehind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WriteBehind").field("sled", &self.shared.sled).finish_non_exhaustive()
+    }
 }
 
 impl Drop for Thread {
@@ -81,9 +92,10 @@ impl Drop for Thread {
 }
 
 impl WriteBehind {
-    pub fn new(sled: SledStore) -> Result<Self, StoreError> {
+    pub fn new(sled: SledStore, health: Health) -> Result<Self, StoreError> {
         let shared = Arc::new(Shared {
             sled,
+            health,
             recent: RwLock::default(),
             settling: Mutex::default(),
             work: Mutex::default(),
@@ -103,6 +115,11 @@ impl WriteBehind {
     pub fn checkpoint(&self) -> Result<(), StoreError> {
         self.shared.settle()?;
         self.shared.sled.checkpoint()
+    }
+
+    /// Why sled takes nothing more.
+    pub fn failed(&self) -> Option<StoreError> {
+        self.shared.work.lock().failed.clone()
     }
 
     /// Records from `from` on, until there are about `records_max` or `bytes_max` is passed, and
@@ -154,21 +171,26 @@ impl Recent {
 impl Shared {
     fn run(&self) {
         loop {
+            let full = self.health.space() == Space::Full;
             {
                 let mut work = self.work.lock();
-                if !work.stop && work.bytes < SETTLE_BYTES {
+                if !work.stop && (work.bytes < SETTLE_BYTES || (full && work.bytes <= RECENT_BYTES_MAX)) {
                     self.wake.wait_for(&mut work, SETTLE_AFTER);
+                }
+                if !work.stop && full && work.bytes <= RECENT_BYTES_MAX {
+                    continue;
                 }
                 if work.stop {
                     drop(work);
-                    if let Err(error) = self.settle() {
+                    // The log has what is not handed over.
+                    if !full && let Err(error) = self.settle() {
                         tracing::warn!(%error, "the last writes did not reach the metadata store; the log has them");
                     }
                     return;
                 }
             }
             if let Err(error) = self.settle() {
-                tracing::error!(%error, "the metadata store failed");
+                self.health.fail(&format!("the metadata store failed: {error}"));
                 return;
             }
         }
@@ -313,7 +335,7 @@ mod tests {
             )
         ) {
             let dir = tempfile::tempdir().unwrap();
-            let mut real = WriteBehind::new(SledStore::open(dir.path(), 1 << 20).unwrap()).unwrap();
+            let mut real = WriteBehind::new(SledStore::open(dir.path(), 1 << 20).unwrap(), Health::new(dir.path())).unwrap();
             let mut model = MemoryStore::default();
             for (changes, settle) in steps {
                 let batch: Batch = changes.into_iter().map(|(key, value)| (vec![key], value.map(|v| vec![v]))).collect();
@@ -337,7 +359,7 @@ mod tests {
     #[test]
     fn a_range_that_is_broken_off_visits_nothing_more() {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = WriteBehind::new(SledStore::open(dir.path(), 1 << 20).unwrap()).unwrap();
+        let mut store = WriteBehind::new(SledStore::open(dir.path(), 1 << 20).unwrap(), Health::new(dir.path())).unwrap();
         store.write([(vec![1], Some(vec![1])), (vec![3], Some(vec![3]))].into()).unwrap();
         store.shared.settle().unwrap();
         store.write([(vec![2], Some(vec![2])), (vec![4], Some(vec![4]))].into()).unwrap();

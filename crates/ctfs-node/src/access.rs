@@ -24,6 +24,7 @@ fn no_quorum(error: ProposeError) -> FsError {
     match error {
         ProposeError::NoQuorum { waited } => FsError::NoQuorum { waited },
         ProposeError::Stopped(_) => FsError::Shutdown,
+        ProposeError::NoSpace => FsError::NoSpace,
         other => {
             tracing::warn!(error = %other, "a command found no verdict");
             FsError::NoQuorum { waited: Duration::ZERO }

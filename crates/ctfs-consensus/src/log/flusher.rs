@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     durable,
+    health::{is_full, sync_failed},
     raft_types::{RaftLogId, RaftVote, TypeConfig},
 };
 
@@ -198,10 +199,13 @@ impl Flusher {
     /// Runs `step` unless an earlier one failed; a failure ends the log's service for good.
     fn guarded(&mut self, step: impl FnOnce(&mut Self) -> io::Result<()>) -> io::Result<()> {
         self.shared.check()?;
+        self.shared.health.set_busy(true);
         let result = step(self);
+        self.shared.health.set_busy(false);
         if let Err(why) = &result {
             error!(dir = %self.shared.dir.display(), %why, "the log failed and refuses everything from now on");
             self.shared.index.lock().failed = Some(why.to_string());
+            self.shared.health.fail(&format!("the log failed: {why}"));
         }
         result
     }
@@ -234,7 +238,15 @@ impl Flusher {
 
     fn write_out(&mut self, buffer: &mut Vec<u8>, places: &mut Vec<Place>) -> io::Result<()> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        active.segment.file.write_all_at(buffer, active.end)?;
+        let (file, end) = (&active.segment.file, active.end);
+        self.shared.health.with_room(|| {
+            let written = self.shared.write(file, buffer, end);
+            if written.is_err() {
+                // Half a frame is worth nothing; without it the small files find room.
+                let _ = file.set_len(end);
+            }
+            written
+        })?;
         active.end += buffer.len() as u64;
         buffer.clear();
         let mut index = self.shared.index.lock();
@@ -247,7 +259,7 @@ impl Flusher {
     fn sync(&mut self) -> io::Result<()> {
         let Some(active) = &self.active else { return Ok(()) };
         self.allow_sync()?;
-        active.segment.file.sync_data()?;
+        active.segment.file.sync_data().map_err(sync_failed)?;
         let written = self.shared.index.lock().places.back().map_or(0, |place| place.id.index + 1);
         self.progress.synced = self.progress.synced.max(written);
         Ok(())
@@ -270,10 +282,16 @@ impl Flusher {
     fn begin_segment(&mut self, first: u64) -> io::Result<()> {
         let path = segment_path(&self.shared.dir, first);
         let salt = rand::random();
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        file.write_all_at(&frame::segment_header(first, salt), 0)?;
-        file.sync_all()?;
-        durable::sync_dir(&self.shared.dir)?;
+        let file = self.shared.health.with_room(|| {
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+            let written = self.shared.write(&file, &frame::segment_header(first, salt), 0);
+            if written.is_err() {
+                fs::remove_file(&path)?;
+            }
+            written.map(|()| file)
+        })?;
+        file.sync_all().map_err(sync_failed)?;
+        durable::sync_dir(&self.shared.dir).map_err(sync_failed)?;
         let segment = SegmentFile { file: Arc::new(file), salt, path };
         self.shared.index.lock().files.insert(first, segment.clone());
         self.active = Some(Active { first, segment, end: SEGMENT_HEADER_BYTES as u64 });
@@ -281,21 +299,26 @@ impl Flusher {
     }
 
     fn save_vote(&mut self, vote: RaftVote) -> io::Result<()> {
-        State { vote: Some(vote), purged: self.purged }.save(&self.shared.dir)?;
+        let state = State { vote: Some(vote), purged: self.purged };
+        self.shared.health.with_room(|| state.save(&self.shared.dir))?;
         self.shared.index.lock().vote = Some(vote);
         Ok(())
     }
 
     fn note_progress(&mut self) -> io::Result<()> {
         self.progress.committed = self.shared.index.lock().committed;
-        self.progress_file.write(&self.progress)
+        match self.progress_file.write(&self.progress) {
+            // Worth having, not worth waiting for.
+            Err(error) if is_full(&error) => Ok(()),
+            written => written,
+        }
     }
 
     /// Takes back the claim that entries from `from` on are durable, before they go.
     fn lower_synced(&mut self, from: u64) -> io::Result<()> {
         if self.progress.synced > from {
             self.progress.synced = from;
-            self.progress_file.write_durably(&self.progress)?;
+            self.shared.health.for_room(|| self.progress_file.write_durably(&self.progress))?;
         }
         Ok(())
     }
@@ -315,7 +338,7 @@ impl Flusher {
         {
             segment.file.set_len(place.offset)?;
             self.allow_sync()?;
-            segment.file.sync_all()?;
+            segment.file.sync_all().map_err(sync_failed)?;
             self.active = Some(Active { first: place.segment, segment, end: place.offset });
         } else {
             // All of what was left began at `from`; the segment before it, if any, goes on.
@@ -350,7 +373,8 @@ impl Flusher {
             }
         }
         let vote = self.shared.index.lock().vote;
-        State { vote, purged: Some(upto) }.save(&self.shared.dir)?;
+        let state = State { vote, purged: Some(upto) };
+        self.shared.health.for_room(|| state.save(&self.shared.dir))?;
         self.purged = Some(upto);
         self.deferred = None;
         if self.shared.index.lock().places.is_empty() {
@@ -379,7 +403,7 @@ impl Flusher {
                 self.active = None;
             }
         }
-        if firsts.is_empty() { Ok(()) } else { durable::sync_dir(&self.shared.dir) }
+        if firsts.is_empty() { Ok(()) } else { durable::sync_dir(&self.shared.dir).map_err(sync_failed) }
     }
 
     fn segment(&self, first: u64) -> Option<SegmentFile> {
@@ -396,6 +420,17 @@ impl Flusher {
             None => None,
         };
         Ok(())
+    }
+}
+
+impl Shared {
+    fn write(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        if self.refuse_writes.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) > 0 {
+            file.write_all_at(&bytes[..bytes.len() / 2], offset)?;
+            return Err(rustix::io::Errno::NOSPC.into());
+        }
+        file.write_all_at(bytes, offset)
     }
 }
 

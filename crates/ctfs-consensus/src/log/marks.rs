@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::LogError;
 use crate::{
     durable,
+    health::sync_failed,
     raft_types::{RaftLogId, RaftVote},
 };
 
@@ -95,7 +96,7 @@ impl ProgressFile {
     /// Writes and waits: before entries are taken away, what claims them must go.
     pub fn write_durably(&self, progress: &Progress) -> io::Result<()> {
         self.write(progress)?;
-        self.file.sync_data()
+        self.file.sync_data().map_err(sync_failed)
     }
 
     fn decode(block: &[u8; PROGRESS_BYTES]) -> Option<Progress> {

@@ -6,6 +6,10 @@
 //! an unfinished write at the very end is cut, damage anywhere else is an error, because an
 //! acknowledged entry may be the only one there is.
 //!
+//! A failed sync ends the log's service until it is opened again. A full disk does not: the thread
+//! waits with the entry it has, nothing is acknowledged meanwhile, and goes on when there is room
+//! ([`crate::health`]).
+//!
 //! Reading order: [`frame`] (bytes of an entry), [`marks`] (vote and progress), [`recovery`],
 //! [`coverage`] (what may be purged), [`flusher`].
 
@@ -43,7 +47,10 @@ use self::{
     flusher::{Flusher, Request},
     frame::PAYLOAD_BYTES_MAX,
 };
-use crate::raft_types::{RaftEntry, RaftLogId, RaftStorageError, RaftVote, TypeConfig};
+use crate::{
+    health::Health,
+    raft_types::{RaftEntry, RaftLogId, RaftStorageError, RaftVote, TypeConfig},
+};
 
 /// Version of the encoding of an entry inside its frame.
 const ENTRY_VERSION: u8 = 1;
@@ -114,11 +121,13 @@ pub struct LogReader {
 }
 
 struct FlusherThread {
+    health: Health,
     handle: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Drop for FlusherThread {
     fn drop(&mut self) {
+        self.health.stop();
         if let Some(handle) = self.handle.take() {
             // The directory may be opened again right after; the thread has at most one sync left.
             let _ = handle.join();
@@ -130,11 +139,15 @@ impl Drop for FlusherThread {
 struct Shared {
     dir: PathBuf,
     settings: LogSettings,
+    health: Health,
     index: Mutex<Index>,
     reach: Mutex<Reach>,
     /// Makes the n-th next sync fail; negative never.
     #[cfg(test)]
     fail_sync_after: std::sync::atomic::AtomicI64,
+    /// So many writes find the disk full.
+    #[cfg(test)]
+    refuse_writes: std::sync::atomic::AtomicI64,
 }
 
 /// Where every entry is.
@@ -269,19 +282,22 @@ impl LogStore {
     /// # Errors
     /// [`LogError::LogDamaged`] when an entry that had been acknowledged does not check.
     pub fn open(dir: &Path, settings: LogSettings) -> Result<Self, LogError> {
-        Self::start(Recovered::read(dir)?, settings)
+        Self::start(Recovered::read(dir)?, settings, Health::new(dir))
     }
 
     /// Starts the thread of a log that was read.
-    pub(crate) fn start(recovered: Recovered, settings: LogSettings) -> Result<Self, LogError> {
+    pub(crate) fn start(recovered: Recovered, settings: LogSettings, health: Health) -> Result<Self, LogError> {
         let Recovered { dir, state, index, progress_file, progress, active } = recovered;
         let shared = Arc::new(Shared {
             dir: dir.clone(),
             settings,
+            health: health.clone(),
             index: Mutex::new(index),
             reach: Mutex::default(),
             #[cfg(test)]
             fail_sync_after: std::sync::atomic::AtomicI64::new(-1),
+            #[cfg(test)]
+            refuse_writes: std::sync::atomic::AtomicI64::new(0),
         });
         let (requests, inbox) = tokio::sync::mpsc::channel(REQUESTS_MAX);
         let flusher = Flusher::new(shared.clone(), state.purged, progress_file, progress, active);
@@ -289,7 +305,7 @@ impl LogStore {
             .name("ctfs-log".into())
             .spawn(move || flusher.run(inbox))
             .map_err(|source| LogError::io("start thread for", &dir, source))?;
-        Ok(Self { shared, requests, _thread: Arc::new(FlusherThread { handle: Some(handle) }) })
+        Ok(Self { shared, requests, _thread: Arc::new(FlusherThread { health, handle: Some(handle) }) })
     }
 
     /// Where the state machine says how far durable snapshots reach.

@@ -361,11 +361,75 @@ fn after_a_failed_sync_the_log_refuses_everything_for_good() {
         assert!(log.truncate(id(1, 1)).await.is_err());
         assert!(log.purge(id(1, 1)).await.is_err());
         assert!(log.try_get_log_entries(0..2).await.is_err());
+        let why = log.shared.health.failed().unwrap();
+        assert!(why.contains("injected"), "{why}");
         drop(log);
         // What had been acknowledged is there again after it was checked.
         let mut log = open(dir.path());
         assert!(all(&mut log).await.len() >= 3);
         assert_eq!(log.read_vote().await.unwrap(), None);
+    });
+}
+
+/// An append that has met a full disk.
+async fn waiting_append(log: &LogStore, entries: Vec<RaftEntry>) -> tokio::task::JoinHandle<Result<(), RaftStorageError>> {
+    let mut appender = log.clone();
+    let append = tokio::spawn(async move { appender.blocking_append(entries).await });
+    while !log.shared.health.waits() {
+        tokio::task::yield_now().await;
+    }
+    append
+}
+
+#[test]
+fn a_full_disk_makes_the_log_wait_and_it_goes_on_when_there_is_room() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..3).await;
+        log.shared.health.pretend_free(Some(0));
+        let waiting = waiting_append(&log, (3..9).map(|index| entry(1, index, 3)).collect()).await;
+        assert!(!waiting.is_finished());
+        assert_eq!(log.try_get_log_entries(0..3).await.unwrap().len(), 3, "what is there is read");
+        log.shared.health.pretend_free(None);
+        waiting.await.unwrap().unwrap();
+        assert!(!log.shared.health.waits() && log.shared.health.failed().is_none());
+        append(&mut log, 1, 9..12).await;
+        drop(log);
+        assert_eq!(reopened(dir.path()).await, (None, ids(1, 0..12)));
+    });
+}
+
+#[test]
+fn a_write_that_the_disk_refused_half_way_is_written_over() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..2).await;
+        let before = segments(dir.path()).len();
+        // Inside a segment, and at the header of a new one.
+        for index in 2..10 {
+            log.shared.refuse_writes.store(i64::from(index % 4 != 0), Ordering::SeqCst);
+            append(&mut log, 1, index..index + 1).await;
+        }
+        assert!(segments(dir.path()).len() > before);
+        drop(log);
+        assert_eq!(reopened(dir.path()).await, (None, ids(1, 0..10)));
+    });
+}
+
+#[test]
+fn a_server_that_ends_while_its_disk_is_full_has_lost_nothing() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path());
+        append(&mut log, 1, 0..3).await;
+        log.shared.refuse_writes.store(i64::MAX, Ordering::SeqCst);
+        let waiting = waiting_append(&log, vec![entry(1, 3, 3)]).await;
+        log.shared.health.stop();
+        assert!(waiting.await.unwrap().is_err(), "not acknowledged");
+        drop(log);
+        assert_eq!(reopened(dir.path()).await, (None, ids(1, 0..3)));
     });
 }
 

@@ -200,6 +200,26 @@ fn a_snapshot_taken_while_writes_go_on_is_the_state_at_its_index() {
 }
 
 #[test]
+fn a_snapshot_waits_for_room_on_a_full_disk() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut storage = open(dir.path()).unwrap();
+        commit(&mut storage, 0..30).await;
+        storage.health.pretend_free(Some(0));
+        let mut builder = storage.machine.get_snapshot_builder().await;
+        let mut building = Box::pin(builder.build_snapshot());
+        for _ in 0..20 {
+            assert!(futures_util::poll!(&mut building).is_pending());
+            // Time enough for it to begin, were it not waiting.
+            storage.machine.applied_state().await.unwrap();
+        }
+        assert!(!dir.path().join("snapshots/current.snap").exists());
+        storage.health.pretend_free(None);
+        assert_eq!(building.await.unwrap().meta.last_log_id, Some(id(29)));
+    });
+}
+
+#[test]
 fn a_snapshot_with_a_flipped_bit_is_refused_and_the_live_state_stays() {
     run(async {
         let source_dir = tempfile::tempdir().unwrap();
