@@ -3,7 +3,7 @@
 //! A [`Command`] is what the log carries. Everything that depends on time, chance or the caller
 //! is inside it, so that every replica reaches the same verdict.
 
-use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileName, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp};
+use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileName, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::member::{Member, MemberState, Policy, TokenRecord};
@@ -41,7 +41,16 @@ pub enum Op {
 
     // Bytes.
     /// Commits flushed cells. All cells are checked before any is changed.
-    Write { ino: Ino, cells: Vec<CellWrite>, size_at_least: u64, mtime: Option<Timestamp>, drop_privileges: bool },
+    Write {
+        ino: Ino,
+        cells: Vec<CellWrite>,
+        size_at_least: u64,
+        mtime: Option<Timestamp>,
+        drop_privileges: bool,
+        /// An append, placed by its writer: the size must still be this one, or nothing happens
+        /// ([`crate::MetaError::SizeChanged`]).
+        appends_at: Option<u64>,
+    },
     /// Makes whole cells holes; the size stays. As with shrinking, only so many cells are freed at
     /// once; the others read as holes and are freed by [`Op::FreeCells`].
     Punch { ino: Ino, first: CellIndex, cells: u64 },
@@ -53,6 +62,15 @@ pub enum Op {
     Reap { inos: Vec<Ino> },
     /// Second phase of garbage collection: forgets chunks whose count is still zero.
     ForgetChunks { chunks: Vec<ChunkId> },
+
+    // Who may buffer.
+    /// From here on `holder` alone may buffer writes to a file. Taking what several servers use
+    /// needs `although_shared`. Taking it once more makes the holding a new one.
+    Own { ino: Ino, holder: Holder, although_shared: bool },
+    /// The holder has nothing buffered any more, and gives these files up. Those that it does not
+    /// hold since just that request are passed over: the command was late. `shared`: it goes on using
+    /// them, and so will another server.
+    Disown { files: Vec<(Ino, u64)>, holder: Holder, shared: bool },
 
     // Locks.
     Lock { ino: Ino, lock: Lock },
@@ -103,6 +121,8 @@ pub struct NewNode {
     pub gid: u32,
     /// `O_EXCL`: refuse when the name exists. Without it an existing file is returned as it is.
     pub exclusive: bool,
+    /// A file that is opened for writing as it is made: held by its maker from birth.
+    pub holder: Option<Holder>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,6 +244,8 @@ pub enum Change {
     /// The inode is gone.
     Reaped { ino: Ino },
     LocksFreed { ino: Ino },
+    /// Another server holds the file now, or none.
+    Usage { ino: Ino },
     /// First reference to a chunk, or a wish for more copies of it.
     ChunkWanted { chunk: ChunkId },
     /// Nothing refers to the chunk any more and its grace time is over: copies may go.

@@ -1,6 +1,6 @@
 //! Why the namespace refused a command.
 
-use ctfs_types::{CellIndex, FileName, Ino};
+use ctfs_types::{CellIndex, FileName, Holder, Ino};
 use serde::{Deserialize, Serialize};
 
 use crate::command::Lock;
@@ -42,6 +42,14 @@ pub enum MetaError {
     BadAcl,
     #[error("cell {cell} of inode {ino} changed since it was read")]
     CellChanged { ino: Ino, cell: CellIndex },
+    /// The end of the file is no longer where an append was placed.
+    #[error("inode {0} has grown since the append was placed")]
+    SizeChanged(Ino),
+    /// Another server may have newer bytes; it must give the file up first.
+    #[error("inode {ino} is being written on server {}", holder.node)]
+    Held { ino: Ino, holder: Holder },
+    #[error("inode {0} is used by several servers")]
+    Shared(Ino),
     #[error("locked by another owner")]
     Locked { holder: Box<Lock> },
     /// The owner belongs to a life of a server that has ended.

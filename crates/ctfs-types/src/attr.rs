@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Ino, Timestamp};
+use crate::{Incarnation, Ino, NodeId, Timestamp};
 
 /// The type of an inode, as POSIX `st_mode` names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -14,6 +14,36 @@ pub enum FileKind {
     Socket,
     CharDevice,
     BlockDevice,
+}
+
+/// One life of one server, as the holder of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Holder {
+    pub node: NodeId,
+    pub incarnation: Incarnation,
+}
+
+/// Who may hold bytes of a file that the metadata do not know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileUse {
+    /// Nobody: the metadata are all there is.
+    #[default]
+    Free,
+    /// The holder alone, since the request of this number. Whoever else wants its bytes, size or
+    /// times asks the holder first.
+    Owned { holder: Holder, since: u64 },
+    /// Nobody: several servers use it, and each write is in the metadata before it is answered.
+    Shared { since: Timestamp },
+}
+
+impl FileUse {
+    /// The server to be asked first, for everybody but `me`.
+    pub fn held_from(&self, me: Holder) -> Option<Holder> {
+        match *self {
+            Self::Owned { holder, .. } if holder != me => Some(holder),
+            _ => None,
+        }
+    }
 }
 
 /// The attributes of one inode at one log index.
@@ -43,4 +73,6 @@ pub struct Attr {
     pub data_version: u64,
     /// Cell size of a file's chunk grid.
     pub cell: crate::CellSize,
+    /// Of a file: who may hold newer bytes.
+    pub usage: FileUse,
 }

@@ -12,7 +12,7 @@ pub mod name;
 pub mod size;
 pub mod time;
 
-pub use attr::{Attr, FileKind};
+pub use attr::{Attr, FileKind, FileUse, Holder};
 pub use extent::{CellIndex, CellSize, Extent, ExtentData};
 pub use ids::{ChunkId, Incarnation, Ino, LogIndex, NodeId, RequestId};
 pub use name::{FileName, InvalidName};

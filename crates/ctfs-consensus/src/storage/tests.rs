@@ -57,7 +57,7 @@ fn command(seq: u64, op: Op) -> Command {
 }
 
 fn make(seq: u64, name: &str) -> Command {
-    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true };
+    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None };
     command(seq, Op::Make { parent: Ino::ROOT, name: FileName::new(name.as_bytes()).unwrap(), node })
 }
 

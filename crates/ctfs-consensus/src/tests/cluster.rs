@@ -167,7 +167,7 @@ pub fn file_name(name: &str) -> FileName {
 }
 
 pub fn make(name: &str) -> Op {
-    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true };
+    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None };
     Op::Make { parent: Ino::ROOT, name: file_name(name), node }
 }
 

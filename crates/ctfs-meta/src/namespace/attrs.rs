@@ -24,6 +24,7 @@ const COPIES_MAX: u8 = 16;
 impl Apply<'_, '_> {
     pub(super) fn set_attr(&mut self, ino: Ino, set: &SetAttr) -> Outcome<Reply> {
         let mut inode = self.inode(ino)?;
+        self.may_change(ino, &inode)?;
         if let Some(size) = set.size {
             self.may_have_size(ino, &inode, size)?;
         }

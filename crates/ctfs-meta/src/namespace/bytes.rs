@@ -1,7 +1,7 @@
 //! File bytes: which cells hold what, and how often each chunk is named.
 
 use ctfs_types::{
-    CellIndex, ChunkId, Extent, ExtentData, FileKind, Ino,
+    CellIndex, ChunkId, Extent, ExtentData, FileKind, FileUse, Ino,
     limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX},
 };
 
@@ -44,9 +44,14 @@ impl Apply<'_, '_> {
         size_at_least: u64,
         mtime: Option<ctfs_types::Timestamp>,
         drop_privileges: bool,
+        appends_at: Option<u64>,
     ) -> Outcome<Reply> {
         // Decide: every cell, before the first is changed.
         let mut inode = self.file(ino)?;
+        self.may_change(ino, &inode)?;
+        if appends_at.is_some_and(|size| size != inode.size) {
+            return Err(MetaError::SizeChanged(ino).into());
+        }
         self.may_have_size(ino, &inode, size_at_least)?;
         for write in cells {
             let current = self.extent(ino, write.cell)?.map_or(0, |extent| extent.stamp.0);
@@ -171,6 +176,7 @@ impl Apply<'_, '_> {
 
     pub(super) fn punch(&mut self, ino: Ino, first: CellIndex, cells: u64) -> Outcome<Reply> {
         let mut inode = self.file(ino)?;
+        self.may_change(ino, &inode)?;
         let before = inode.contribution();
         self.take_away(ino, &mut inode, first, first.saturating_add(cells))?;
         (inode.mtime, inode.ctime) = (self.at, self.at);
@@ -193,6 +199,8 @@ impl Apply<'_, '_> {
     ) -> Outcome<Reply> {
         let from = self.file(source)?;
         let mut inode = self.file(ino)?;
+        self.may_change(source, &from)?;
+        self.may_change(ino, &inode)?;
         self.may_have_size(ino, &inode, size_at_least)?;
         let most = FILE_BYTES_MAX / inode.cell.bytes();
         let in_range = |start: u64| start.checked_add(cells).is_some_and(|end| end <= most);
@@ -255,6 +263,9 @@ impl Apply<'_, '_> {
             let (from, to) = keys::under(keys::XATTR, &[ino.0]);
             for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
                 self.txn.delete(key);
+            }
+            if let Some(Inode { usage: FileUse::Owned { holder, .. }, .. }) = self.txn.get(&keys::inode(ino))? {
+                self.txn.delete(keys::owned(holder, ino));
             }
             for key in [keys::locks(ino), keys::policy(ino), keys::orphan(ino), keys::inode(ino)] {
                 if self.txn.get_raw(&key)?.is_some() {

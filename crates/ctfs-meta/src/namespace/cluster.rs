@@ -73,6 +73,7 @@ impl Apply<'_, '_> {
         if record.uses_left == 0 { self.txn.delete(keys::token(token)) } else { self.txn.put(keys::token(token), &record) }
         // A server that joins again is in a new life; what its earlier ones held is free.
         self.release_everywhere(|owner| owner.node == member.node && owner.incarnation < member.incarnation)?;
+        self.disown_ended(member.node, |life| life < member.incarnation)?;
         self.put_member(&member);
         Ok(Reply::Joined { member })
     }
@@ -91,6 +92,7 @@ impl Apply<'_, '_> {
         }
         if incarnation > member.incarnation {
             self.release_everywhere(|owner| owner.node == node && owner.incarnation < incarnation)?;
+            self.disown_ended(node, |life| life < incarnation)?;
             // A client is one incarnation of a server: nobody asks for these verdicts any more, and
             // what of that life is still under way is not carried out.
             let client = member.incarnation.0;
@@ -122,6 +124,7 @@ impl Apply<'_, '_> {
         self.txn.delete(keys::member(node));
         self.txn.put(keys::removed_key(&member.key), &self.at);
         self.release_everywhere(|owner| owner.node == node)?;
+        self.disown_ended(node, |_| true)?;
         self.changed(Change::Members);
         Ok(Reply::Done)
     }

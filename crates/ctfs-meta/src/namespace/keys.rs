@@ -1,6 +1,6 @@
 //! Where each record lives: one byte of kind, then numbers in big endian so that they sort.
 
-use ctfs_types::{CellIndex, ChunkId, FileName, Ino, NodeId, Timestamp};
+use ctfs_types::{CellIndex, ChunkId, FileName, Holder, Ino, NodeId, Timestamp};
 
 pub const INODE: u8 = 1;
 pub const NAME: u8 = 2;
@@ -21,6 +21,7 @@ pub const VERDICT: u8 = 16;
 pub const COUNTERS: u8 = 17;
 pub const STATE_HASH: u8 = 18;
 pub const CUTS: u8 = 19;
+pub const OWNED: u8 = 20;
 /// Keys from here on belong to whoever owns the store.
 pub const CALLER: u8 = 0xff;
 
@@ -83,6 +84,11 @@ pub fn condemned(at: Timestamp, id: &ChunkId) -> Key {
 
 pub fn locks(ino: Ino) -> Key {
     key(LOCKS, &[ino.0], &[])
+}
+
+/// A file that a life of a server holds, so that they are found when it ends.
+pub fn owned(holder: Holder, ino: Ino) -> Key {
+    key(OWNED, &[holder.node.0, holder.incarnation.0, ino.0], &[])
 }
 
 pub fn orphan(ino: Ino) -> Key {

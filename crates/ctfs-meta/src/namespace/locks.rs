@@ -3,7 +3,7 @@
 use ctfs_types::Ino;
 
 use super::{Apply, keys, txn::Outcome};
-use crate::{Change, Lock, LockKind, LockOwner, Member, MetaError, Reply};
+use crate::{Change, Lock, LockKind, LockOwner, MetaError, Reply};
 
 /// Whether two locks cannot be held together.
 pub fn conflict(a: &Lock, b: &Lock) -> bool {
@@ -57,13 +57,7 @@ impl Apply<'_, '_> {
 
     pub(super) fn lock(&mut self, ino: Ino, lock: &Lock) -> Outcome<Reply> {
         self.inode(ino)?;
-        match self.txn.get::<Member>(&keys::member(lock.owner.node))? {
-            Some(member) if lock.owner.incarnation < member.incarnation => return Err(MetaError::StaleIncarnation.into()),
-            Some(_) => {}
-            // A late request of a removed server would leave a lock that nobody ever frees.
-            None if self.txn.get_raw(&keys::cluster())?.is_some() => return Err(MetaError::NoSuchMember.into()),
-            None => {}
-        }
+        self.is_alive(lock.owner.node, lock.owner.incarnation)?;
         let table = self.table(ino)?;
         if let Some(holder) = table.iter().find(|held| conflict(held, lock)) {
             return Err(MetaError::Locked { holder: Box::new(holder.clone()) }.into());

@@ -1,7 +1,7 @@
 //! What the namespace does with a command.
 //!
 //! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
-//! whole), then by subject: [`names`], [`attrs`], [`bytes`], [`locks`], [`cluster`]; [`reads`] is
+//! whole), then by subject: [`names`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`cluster`]; [`reads`] is
 //! what everybody else asks.
 
 mod acl;
@@ -9,6 +9,7 @@ mod attrs;
 mod bytes;
 mod cluster;
 mod cuts;
+mod holding;
 mod keys;
 mod locks;
 mod names;
@@ -18,7 +19,7 @@ mod txn;
 
 use std::collections::BTreeMap;
 
-use ctfs_types::{FileKind, FileName, Ino, LogIndex, Timestamp};
+use ctfs_types::{FileKind, FileName, Ino, LogIndex, RequestId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use self::{
@@ -111,6 +112,7 @@ struct Apply<'a, 'b> {
     txn: &'a mut Txn<'b>,
     counters: &'a mut Counters,
     index: LogIndex,
+    request: RequestId,
     at: Timestamp,
     /// Cells that the command may still free.
     freed_max: usize,
@@ -157,6 +159,7 @@ impl Namespace {
             cell: Default::default(),
             target: Vec::new(),
             dir: Some(Dir::new(Ino::ROOT)),
+            usage: Default::default(),
         };
         txn.put(keys::inode(Ino::ROOT), &root);
         txn.put(keys::counters(), &self.counters);
@@ -265,7 +268,8 @@ fn run(
         return Ok(Err(MetaError::Answered));
     }
     let before = counters.clone();
-    let outcome = Apply { txn, counters, index, at: command.at, freed_max }.dispatch(&command.op);
+    let outcome =
+        Apply { txn, counters, index, request, at: command.at, freed_max }.dispatch(&command.op);
     let verdict = match outcome {
         Ok(reply) => Ok(reply),
         Err(Fail::Verdict(verdict)) => {
@@ -300,8 +304,8 @@ impl Apply<'_, '_> {
             Op::SetAttr { ino, set } => self.set_attr(*ino, set),
             Op::SetXattr { ino, name, value, mode } => self.set_xattr(*ino, name, value, *mode),
             Op::RemoveXattr { ino, name } => self.remove_xattr(*ino, name),
-            Op::Write { ino, cells, size_at_least, mtime, drop_privileges } => {
-                self.write(*ino, cells, *size_at_least, *mtime, *drop_privileges)
+            Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at } => {
+                self.write(*ino, cells, *size_at_least, *mtime, *drop_privileges, *appends_at)
             }
             Op::Punch { ino, first, cells } => self.punch(*ino, *first, *cells),
             Op::CloneCells { source, first, ino, to, cells, size_at_least } => {
@@ -309,6 +313,8 @@ impl Apply<'_, '_> {
             }
             Op::Reap { inos } => self.reap(inos),
             Op::ForgetChunks { chunks } => self.forget_chunks(chunks),
+            Op::Own { ino, holder, although_shared } => self.own(*ino, *holder, *although_shared),
+            Op::Disown { files, holder, shared } => self.disown(files, *holder, *shared),
             Op::Lock { ino, lock } => self.lock(*ino, lock),
             Op::Unlock { ino, owner, kind, start, end } => self.unlock(*ino, *owner, *kind, *start, *end),
             Op::UnlockAll { ino, owner } => self.unlock_all(*ino, *owner),

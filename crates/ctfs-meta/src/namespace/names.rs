@@ -1,7 +1,7 @@
 //! Names: making, linking, removing and moving them.
 
 use ctfs_types::{
-    FileKind, FileName, Ino,
+    FileKind, FileName, FileUse, Ino,
     limits::{LINKS_MAX, SYMLINK_BYTES_MAX},
 };
 
@@ -52,6 +52,9 @@ impl Apply<'_, '_> {
         if kind == FileKind::Directory && parent_dir.subdirs >= LINKS_MAX - 2 {
             return Err(MetaError::TooManyLinks(parent).into());
         }
+        if let Some(holder) = node.holder {
+            self.is_alive(holder.node, holder.incarnation)?;
+        }
         let default_acl = self.txn.get_raw(&keys::xattr(parent, acl::DEFAULT))?;
         let cell = self.effective_cell(parent)?;
 
@@ -80,7 +83,7 @@ impl Apply<'_, '_> {
                 mode |= SETGID;
             }
         }
-        let inode = Inode {
+        let mut inode = Inode {
             kind,
             mode,
             uid: node.uid,
@@ -97,8 +100,12 @@ impl Apply<'_, '_> {
             cell,
             target,
             dir: (kind == FileKind::Directory).then(|| Dir::new(parent)),
+            usage: FileUse::Free,
         };
-        self.put_inode(ino, &inode);
+        match node.holder.filter(|_| kind == FileKind::File) {
+            Some(holder) => self.put_owned(ino, &mut inode, holder),
+            None => self.put_inode(ino, &inode),
+        }
         self.add_name(parent, name, ino)?;
         let attr = self.inode(ino)?.attr(ino);
         Ok(Reply::Entry { attr, made: true })

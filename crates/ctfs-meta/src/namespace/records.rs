@@ -1,6 +1,6 @@
 //! The records as they are stored, each behind a version byte.
 
-use ctfs_types::{Attr, CellSize, FileKind, FileName, Ino, Timestamp, codec};
+use ctfs_types::{Attr, CellSize, FileKind, FileName, FileUse, Ino, Timestamp, codec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Totals;
@@ -38,6 +38,8 @@ pub struct Inode {
     /// Of a symlink.
     pub target: Vec<u8>,
     pub dir: Option<Dir>,
+    /// Of a file.
+    pub usage: FileUse,
 }
 
 /// What only a directory has.
@@ -76,6 +78,7 @@ impl Inode {
             rdev: self.rdev,
             data_version: self.data_version,
             cell: self.cell,
+            usage: self.usage,
         }
     }
 

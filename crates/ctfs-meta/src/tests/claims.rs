@@ -5,6 +5,7 @@ mod attrs;
 mod bytes;
 mod cluster;
 mod cuts;
+mod holding;
 mod locks;
 mod names;
 mod requests;

@@ -252,11 +252,11 @@ pub fn name(text: &str) -> FileName {
 
 /// An exclusive make by uid 1000, gid 100.
 pub fn node(content: NewContent, mode: u16) -> NewNode {
-    NewNode { content, mode, umask: 0, uid: 1000, gid: 100, exclusive: true }
+    NewNode { content, mode, umask: 0, uid: 1000, gid: 100, exclusive: true, holder: None }
 }
 
 pub fn write_op(ino: Ino, cells: Vec<CellWrite>, size_at_least: u64) -> Op {
-    Op::Write { ino, cells, size_at_least, mtime: Some(time(0)), drop_privileges: false }
+    Op::Write { ino, cells, size_at_least, mtime: Some(time(0)), drop_privileges: false, appends_at: None }
 }
 
 /// A chunk whose name starts with `n`.

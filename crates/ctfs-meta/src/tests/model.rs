@@ -13,12 +13,12 @@ use std::{
 };
 
 use ctfs_types::{
-    Attr, CellIndex, CellSize, ChunkId, Extent, FileKind, FileName, Ino, LogIndex, Timestamp,
+    Attr, CellIndex, CellSize, ChunkId, Extent, FileKind, FileName, FileUse, Ino, LogIndex, Timestamp,
     limits::{FILE_BYTES_MAX, SYMLINK_BYTES_MAX},
 };
 
 use self::bytes::drop_privileges_of;
-use super::observe::{Seen, Tree};
+use super::{harness::CLIENT, observe::{Seen, Tree}};
 use crate::{CellWrite, MetaError, NewContent, NewNode, Op, RenameMode, SetAttr, Totals, XattrMode};
 
 /// Every reason to refuse a command; one of them must be the verdict.
@@ -59,6 +59,7 @@ fn attr(ino: Ino, kind: FileKind, mode: u16, at: Timestamp) -> Attr {
         rdev: 0,
         data_version: 0,
         cell: CellSize::DEFAULT,
+        usage: FileUse::Free,
     }
 }
 
@@ -84,15 +85,35 @@ impl Model {
     /// Runs one command as the only one of log entry `index`.
     pub fn run(&mut self, op: &Op, at: Timestamp, index: LogIndex) -> Result<(), Reasons> {
         let mut next = self.clone();
-        next.step(op, at, index)?;
+        let held = self.held_from(op);
+        if let Err(mut reasons) = next.step(op, at, index) {
+            reasons.extend(held);
+            return Err(reasons);
+        }
+        if let Some(held) = held {
+            return Err(vec![held]);
+        }
         next.count_chunks(at);
         *self = next;
         Ok(())
     }
 
+    /// Bytes, size and attributes of a file are changed by its holder alone.
+    fn held_from(&self, op: &Op) -> Option<MetaError> {
+        let changed = match op {
+            Op::Write { ino, .. } | Op::Punch { ino, .. } | Op::SetAttr { ino, .. } => vec![*ino],
+            Op::CloneCells { source, ino, .. } => vec![*source, *ino],
+            _ => vec![],
+        };
+        changed.into_iter().find_map(|ino| match self.inodes.get(&ino)?.attr.usage {
+            FileUse::Owned { holder, .. } if holder.incarnation.0 != CLIENT => Some(MetaError::Held { ino, holder }),
+            _ => None,
+        })
+    }
+
     fn step(&mut self, op: &Op, at: Timestamp, index: LogIndex) -> Result<(), Reasons> {
         match op {
-            Op::Make { parent, name, node } => self.make(*parent, name, node, at),
+            Op::Make { parent, name, node } => self.make(*parent, name, node, at, index),
             Op::Link { ino, parent, name } => self.link(*ino, *parent, name, at),
             Op::Unlink { parent, name } => self.unlink(*parent, name, at),
             Op::Rmdir { parent, name } => self.rmdir(*parent, name, at),
@@ -100,7 +121,11 @@ impl Model {
             Op::SetAttr { ino, set } => self.set_attr(*ino, set, at, index),
             Op::SetXattr { ino, name, value, mode } => self.set_xattr(*ino, name, value, *mode, at),
             Op::RemoveXattr { ino, name } => self.remove_xattr(*ino, name, at),
-            Op::Write { ino, cells, size_at_least, mtime, drop_privileges } => {
+            Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at } => {
+                let size = self.file(*ino)?.attr.size;
+                if appends_at.is_some_and(|at| at != size) {
+                    return Err(vec![MetaError::SizeChanged(*ino)]);
+                }
                 self.write(*ino, cells, *size_at_least, index)?;
                 let inode = self.inode(*ino)?;
                 inode.attr.mtime = mtime.unwrap_or(at);
@@ -122,6 +147,23 @@ impl Model {
                 let inode = self.inode(*ino)?;
                 inode.attr.mtime = at;
                 inode.attr.ctime = at;
+                Ok(())
+            }
+            Op::Own { ino, holder, although_shared } => {
+                let usage = &mut self.file(*ino)?.attr.usage;
+                match *usage {
+                    FileUse::Owned { holder: held, .. } if held != *holder => return Err(vec![MetaError::Held { ino: *ino, holder: held }]),
+                    FileUse::Shared { .. } if !although_shared => return Err(vec![MetaError::Shared(*ino)]),
+                    _ => *usage = FileUse::Owned { holder: *holder, since: index.0 },
+                }
+                Ok(())
+            }
+            Op::Disown { files, holder, shared } => {
+                for &(ino, since) in files {
+                    if let Some(inode) = self.inodes.get_mut(&ino).filter(|inode| inode.attr.usage == FileUse::Owned { holder: *holder, since }) {
+                        inode.attr.usage = if *shared { FileUse::Shared { since: at } } else { FileUse::Free };
+                    }
+                }
                 Ok(())
             }
             Op::Reap { inos } => {
@@ -240,7 +282,7 @@ impl Model {
         self.inodes.get_mut(&ino).expect("an inode").attr.ctime = at;
     }
 
-    fn make(&mut self, parent: Ino, name: &FileName, new: &NewNode, at: Timestamp) -> Result<(), Reasons> {
+    fn make(&mut self, parent: Ino, name: &FileName, new: &NewNode, at: Timestamp, index: LogIndex) -> Result<(), Reasons> {
         let mut reasons = self.dir_reasons(parent, name);
         if let NewContent::Symlink { target } = &new.content
             && (target.is_empty() || target.len() > SYMLINK_BYTES_MAX)
@@ -279,6 +321,9 @@ impl Model {
         }
         if kind == FileKind::Symlink {
             attr.mode = 0o777;
+        }
+        if let (FileKind::File, Some(holder)) = (kind, new.holder) {
+            attr.usage = FileUse::Owned { holder, since: index.0 };
         }
         let inode = Inode { attr, entries: BTreeMap::new(), cells: BTreeMap::new(), target, xattrs: BTreeMap::new() };
         self.inodes.insert(ino, inode);

@@ -166,7 +166,7 @@ fn check_changes(op: &Op, before: &Tree, after: &Tree, changes: &[Change]) -> Re
 /// The kernel drops the directory's attributes along with an entry of it.
 fn tells_attr(change: &Change, about: Ino) -> bool {
     match change {
-        Change::Attr { ino } | Change::Data { ino, .. } | Change::Orphaned { ino } => *ino == about,
+        Change::Attr { ino } | Change::Data { ino, .. } | Change::Orphaned { ino } | Change::Usage { ino } => *ino == about,
         Change::Entry { parent, .. } => *parent == about,
         _ => false,
     }

@@ -6,11 +6,11 @@
 
 use std::fmt;
 
-use ctfs_types::{CellSize, ExtentData, Ino, LogIndex, Timestamp, limits::FILE_BYTES_MAX};
+use ctfs_types::{CellSize, ExtentData, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId, Timestamp, limits::FILE_BYTES_MAX};
 use proptest::{collection::vec, prelude::*};
 
 use super::{
-    harness::{chunk, chunk_id, inline, name, time},
+    harness::{CLIENT, chunk, chunk_id, inline, name, time},
     model::Model,
 };
 use crate::{CellWrite, NewContent, NewNode, Op, RenameMode, SetAttr, XattrMode};
@@ -30,6 +30,8 @@ pub enum Action {
     Clone,
     Reap,
     Forget,
+    Own,
+    Disown,
 }
 
 /// What to do and where; each byte is a choice whose meaning depends on the action.
@@ -58,6 +60,8 @@ pub fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Action::Clone),
         2 => Just(Action::Reap),
         1 => Just(Action::Forget),
+        3 => Just(Action::Own),
+        6 => Just(Action::Disown),
     ];
     vec((action, any::<[u8; 8]>()).prop_map(|(action, choices)| Step(action, choices)), 1..most)
 }
@@ -116,8 +120,18 @@ pub fn resolve(model: &Model, Step(action, c): Step) -> Op {
                 uid: u32::from(c[5] % 3),
                 gid: u32::from(c[6] % 3),
                 exclusive: c[7] % 2 == 0,
+                holder: (c[7] % 8 >= 6).then(|| holder(c[7])),
             },
         },
+        Action::Own => Op::Own { ino: some_file(model, c[0]), holder: holder(c[1]), although_shared: c[2] < 128 },
+        Action::Disown => {
+            let held_since = |ino: &Ino| match model.inodes.get(ino).map(|inode| inode.attr.usage) {
+                Some(FileUse::Owned { since, .. }) => since - u64::from(c[5] % 8 == 0),
+                _ => 1,
+            };
+            let inos = [some_file(model, c[0]), some_file(model, c[1]), some_file(model, c[2])];
+            Op::Disown { files: inos.iter().map(|ino| (*ino, held_since(ino))).collect(), holder: holder(c[3]), shared: c[4] < 80 }
+        }
         Action::Link => {
             let ino = if c[3] < 230 { some_file(model, c[0]) } else { some_inode(model, c[0]) };
             Op::Link { ino, parent: some_dir(model, c[1]), name: name(of(&NAMES, c[2])) }
@@ -187,6 +201,12 @@ fn some_content(choice: u8) -> NewContent {
     }
 }
 
+/// This client's life of a server, or another's.
+fn holder(choice: u8) -> Holder {
+    let client = if choice % 4 == 3 { CLIENT + 1 } else { CLIENT };
+    Holder { node: NodeId(client), incarnation: Incarnation(client) }
+}
+
 fn some_set(c: [u8; 8]) -> SetAttr {
     let mut set = SetAttr::default();
     match c[1] % 4 {
@@ -217,8 +237,14 @@ fn some_write(model: &Model, c: [u8; 8]) -> Op {
         180..250 => end.saturating_sub(of(&[100, 5000, CELL], c[6])),
         _ => FILE_BYTES_MAX + 1,
     };
+    let size = model.inodes.get(&ino).map_or(0, |inode| inode.attr.size);
+    let appends_at = match c[7] % 16 {
+        0..3 => Some(size),
+        3 => Some(size + 1),
+        _ => None,
+    };
     let mtime = (c[7] % 2 == 0).then(|| time(u64::from(c[7])));
-    Op::Write { ino, cells, size_at_least, mtime, drop_privileges: c[7] < 64 }
+    Op::Write { ino, cells, size_at_least, mtime, drop_privileges: c[7] < 64, appends_at }
 }
 
 fn some_cell(model: &Model, ino: Ino, cell: u64, c: [u8; 3]) -> CellWrite {

@@ -42,7 +42,7 @@ impl Shared {
         if drop_first {
             let pending = inode.local.lock().mtime;
             let mtime = Some(self.mtime_to_commit(ino, pending)?);
-            let op = Op::Write { ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true };
+            let op = Op::Write { ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true, appends_at: None };
             self.propose_in_turn(&inode, &mut turn, op).await?;
             let mut local = inode.local.lock();
             local.drops_committed = local.drops_wanted;
@@ -99,7 +99,7 @@ impl Shared {
         }
         if !keep_size && end > self.size(&inode)? {
             // Not SetAttr: a size that somebody else made larger meanwhile stays.
-            let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false };
+            let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false, appends_at: None };
             let mut turn = inode.flushing.lock().await;
             self.propose_in_turn(&inode, &mut turn, op).await?;
         }

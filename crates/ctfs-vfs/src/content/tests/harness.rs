@@ -124,7 +124,7 @@ impl Cluster {
     }
 
     pub fn make(&self, name: &str) -> Ino {
-        let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true };
+        let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None };
         let op = Op::Make { parent: Ino::ROOT, name: FileName::new(name.as_bytes()).unwrap(), node };
         match self.apply(op).unwrap() {
             Reply::Entry { attr, .. } => attr.ino,
@@ -143,7 +143,7 @@ impl Cluster {
         let expect = old.map_or(LogIndex(0), |old| old.extent.stamp);
         let write = CellWrite { cell, expect, start: 0, data: Some(data), copies: 0 };
         self.chunks.lock().insert(ChunkId(*blake3::hash(&bytes).as_bytes()), bytes);
-        self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false }).unwrap();
+        self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false, appends_at: None }).unwrap();
     }
 
     /// Deletes every chunk, as collection does with those that nothing names.

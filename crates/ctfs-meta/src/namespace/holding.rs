@@ -1,0 +1,89 @@
+//! Which server may hold bytes of a file that are not here yet.
+//!
+//! One server at a time may buffer what it writes to a file. That it does is part of the state, so
+//! everybody knows whom to ask before they read, and a change of the file's bytes, size or times by
+//! anybody else is refused with [`MetaError::Held`] until the holder has given up the file. Where
+//! several servers use a file at once nobody holds it: they write through.
+
+use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, NodeId};
+
+use super::{Apply, keys, records::Inode, txn::Outcome};
+use crate::{Change, Member, MetaError, Reply};
+
+impl Apply<'_, '_> {
+    /// Refuses whoever is not the holder of a held file.
+    pub(super) fn may_change(&self, ino: Ino, inode: &Inode) -> Outcome<()> {
+        match inode.usage {
+            FileUse::Owned { holder, .. } if holder.incarnation.0 != self.request.client => Err(MetaError::Held { ino, holder }.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a life of a server that has ended: nobody would ever free what it gets.
+    pub(super) fn is_alive(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<()> {
+        match self.txn.get::<Member>(&keys::member(node))? {
+            Some(member) if incarnation < member.incarnation => Err(MetaError::StaleIncarnation.into()),
+            Some(_) => Ok(()),
+            None if self.txn.get_raw(&keys::cluster())?.is_some() => Err(MetaError::NoSuchMember.into()),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn own(&mut self, ino: Ino, holder: Holder, although_shared: bool) -> Outcome<Reply> {
+        let mut inode = self.inode(ino)?;
+        if inode.kind != FileKind::File {
+            return Err(MetaError::WrongKind(ino).into());
+        }
+        self.is_alive(holder.node, holder.incarnation)?;
+        match inode.usage {
+            FileUse::Owned { holder: held, .. } if held != holder => return Err(MetaError::Held { ino, holder: held }.into()),
+            FileUse::Shared { .. } if !although_shared => return Err(MetaError::Shared(ino).into()),
+            _ => {}
+        }
+        self.put_owned(ino, &mut inode, holder);
+        // What the holder writes from here on is told to nobody: kernels must ask again.
+        self.changed(Change::Data { ino, offset: 0, len: u64::MAX });
+        self.changed(Change::Attr { ino });
+        self.changed(Change::Usage { ino });
+        Ok(Reply::Attr(inode.attr(ino)))
+    }
+
+    /// Makes the holder the one that may buffer, and stores the inode.
+    pub(super) fn put_owned(&mut self, ino: Ino, inode: &mut Inode, holder: Holder) {
+        inode.usage = FileUse::Owned { holder, since: self.request.seq };
+        self.txn.put(keys::owned(holder, ino), &());
+        self.put_inode(ino, inode);
+    }
+
+    pub(super) fn disown(&mut self, files: &[(Ino, u64)], holder: Holder, shared: bool) -> Outcome<Reply> {
+        for &(ino, since) in files {
+            if let Some(inode) = self.txn.get::<Inode>(&keys::inode(ino))?
+                && inode.usage == (FileUse::Owned { holder, since })
+            {
+                self.put_disowned(ino, inode, holder, shared);
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    fn put_disowned(&mut self, ino: Ino, mut inode: Inode, holder: Holder, shared: bool) {
+        self.txn.delete(keys::owned(holder, ino));
+        inode.usage = if shared { FileUse::Shared { since: self.at } } else { FileUse::Free };
+        self.put_inode(ino, &inode);
+        self.changed(Change::Usage { ino });
+    }
+
+    /// Frees the files held by lives of `node` that have ended. What they had buffered is lost.
+    pub(super) fn disown_ended(&mut self, node: NodeId, ended: impl Fn(Incarnation) -> bool) -> Outcome<()> {
+        let (from, to) = keys::under(keys::OWNED, &[node.0]);
+        for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
+            let (incarnation, ino) = keys::number_at(&key, 9).zip(keys::number_at(&key, 17)).expect("as keys::owned makes it");
+            let holder = Holder { node, incarnation: Incarnation(incarnation) };
+            if ended(holder.incarnation) {
+                let inode = self.inode(Ino(ino))?;
+                self.put_disowned(Ino(ino), inode, holder, false);
+            }
+        }
+        Ok(())
+    }
+}
