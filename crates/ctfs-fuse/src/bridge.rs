@@ -3,7 +3,7 @@
 //! Thin on purpose. What is decided here is only what belongs to the protocol: which reply a result
 //! becomes, how long the kernel may keep it, and the size games of extended attributes.
 
-use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc, time::SystemTime};
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc, time::{Duration, SystemTime}};
 
 use bytes::Bytes;
 use ctfs_meta::{Change, MetaError};
@@ -17,7 +17,7 @@ use fuser::{
 };
 
 use crate::{
-    caches::Caches,
+    caches::{Caches, Permits},
     convert::{BLOCK_BYTES, absent, decode_dev, errno, file_attr, file_type, generation, set_time},
     runner::Runner,
 };
@@ -118,9 +118,14 @@ impl Replies {
         let timeout = self.vfs.cache_timeout();
         let permits = self.caches.permits(timeout);
         self.caches.looked_up(attr.ino);
-        reply.entry_with_ttls(&permits.attr(attr.ino), &permits.entry(parent), &file_attr(&attr), generation(&attr));
+        reply.entry_with_ttls(&self.attr_timeout(&permits, &attr), &permits.entry(parent), &file_attr(&attr), generation(&attr));
         drop(permits);
         self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
+    }
+
+    /// Nothing may be kept of a file that another server is writing: its holder tells nobody.
+    fn attr_timeout(&self, permits: &Permits<'_>, attr: &Attr) -> Duration {
+        if self.vfs.may_cache(attr) { permits.attr(attr.ino) } else { Duration::ZERO }
     }
 
     /// "No such name", which the kernel may remember like a name.
@@ -143,7 +148,7 @@ impl Replies {
         };
         let timeout = self.vfs.cache_timeout();
         let permits = self.caches.permits(timeout);
-        reply.attr(&permits.attr(attr.ino), &file_attr(&attr));
+        reply.attr(&self.attr_timeout(&permits, &attr), &file_attr(&attr));
         drop(permits);
         self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
     }
@@ -340,7 +345,7 @@ impl Filesystem for Bridge {
             let permits = replies.caches.permits(timeout);
             replies.caches.looked_up(attr.ino);
             // One timeout serves for both here.
-            let both = permits.attr(attr.ino).min(permits.entry(parent));
+            let both = replies.attr_timeout(&permits, &attr).min(permits.entry(parent));
             let handle = FileHandle(opened.handle.0);
             reply.created(&both, &file_attr(&attr), generation(&attr), handle, fopen_flags(opened));
             drop(permits);
@@ -467,7 +472,7 @@ impl Filesystem for Bridge {
             let mut told = Vec::new();
             for line in lines {
                 let Some(attr) = line.attr else { continue };
-                let both = entry.min(permits.attr(attr.ino));
+                let both = entry.min(replies.attr_timeout(&permits, &attr));
                 let (number, name) = (INodeNo(line.ino.0), OsStr::from_bytes(&line.name));
                 if reply.add(number, line.next, name, &both, &file_attr(&attr), generation(&attr)) {
                     break;

@@ -10,7 +10,8 @@
 //! - A name: [`Caches`] gives no timeout for names of the directory from the mark on. Once the
 //!   longest earlier timeout has run out the kernel asks again anyway.
 //! - Attributes: the same, and telling them waits for nobody.
-//! - Pages: after the same time the change is acknowledged although a read or write of those very
+//! - Pages: at once, if a request that holds pages of the file waits for the cluster; else after the
+//!   same time the change is acknowledged although a read or write of those very
 //!   pages is still under way; the drop follows it at once, and the next open starts without pages.
 
 use std::{
@@ -21,7 +22,7 @@ use std::{
 };
 
 use ctfs_meta::Change;
-use ctfs_types::LogIndex;
+use ctfs_types::{Ino, LogIndex};
 use ctfs_vfs::{KernelCache, Vfs};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
@@ -61,9 +62,18 @@ struct State {
     next_job: u64,
     names: VecDeque<Job>,
     inodes: VecDeque<Job>,
-    /// Jobs that hold up an acknowledgement, by number: their index, and when they came.
-    holding: BTreeMap<u64, (LogIndex, Instant)>,
+    /// Jobs that hold up an acknowledgement, by number.
+    holding: BTreeMap<u64, Held>,
     stopping: bool,
+}
+
+/// An acknowledgement that waits for a job.
+#[derive(Clone, Copy)]
+struct Held {
+    index: LogIndex,
+    since: Instant,
+    /// The file whose pages are dropped, if it is about pages.
+    pages_of: Option<Ino>,
 }
 
 struct Job {
@@ -139,6 +149,15 @@ impl KernelCache for Notifier {
     fn invalidate(&self, changes: Vec<Change>) {
         self.shared.enqueue(None, changes);
     }
+
+    fn pages_wait(&self, ino: Ino) {
+        let mut state = self.shared.state.lock();
+        let before = state.holding.len();
+        state.holding.retain(|_, held| held.pages_of != Some(ino));
+        if state.holding.len() < before {
+            self.shared.advance(&state);
+        }
+    }
 }
 
 impl Shared {
@@ -178,16 +197,19 @@ impl Shared {
                 // No timeout given before the mark is still running: the kernel asks anyway.
                 self.caches.is_known(*parent).then(|| since.elapsed() < TIMEOUTS_RUN_OUT)
             }
-            Change::Attr { ino } | Change::Data { ino, .. } => {
+            Change::Attr { ino } | Change::Orphaned { ino } => {
                 self.caches.mark_inode(*ino);
                 self.caches.is_known(*ino).then_some(true)
             }
-            Change::Orphaned { ino } => {
+            Change::Data { ino, .. } => {
                 self.caches.mark_inode(*ino);
-                self.caches.is_known(*ino).then_some(true)
+                // A request that holds pages of this file and waits for the cluster may be waiting
+                // for this very acknowledgement. Its pages are dropped right after its answer.
+                self.caches.is_known(*ino).then(|| !self.vfs.pages_wait(*ino))
             }
             Change::Reaped { .. }
             | Change::LocksFreed { .. }
+            | Change::Usage { .. }
             | Change::ChunkWanted { .. }
             | Change::ChunkForgotten { .. }
             | Change::Members => None,
@@ -202,8 +224,8 @@ impl Shared {
         let oldest = state.holding.values().next().copied();
         state.holding.clear();
         self.push(state, false, Forget::Everything, true);
-        if let (Some((index, since)), Some(held)) = (oldest, state.holding.values_mut().next()) {
-            *held = (index, since.max(held.1));
+        if let (Some(oldest), Some(held)) = (oldest, state.holding.values_mut().next()) {
+            *held = Held { since: oldest.since.max(held.since), ..oldest };
         }
         self.advance(state);
     }
@@ -212,7 +234,12 @@ impl Shared {
         let number = state.next_job;
         state.next_job += 1;
         if holds {
-            state.holding.insert(number, (state.applied, Instant::now()));
+            let pages_of = match &change {
+                Forget::Change(Change::Data { ino, .. }) => Some(*ino),
+                _ => None,
+            };
+            let held = Held { index: state.applied, since: Instant::now(), pages_of };
+            state.holding.insert(number, held);
             self.outstanding.notify_one();
         }
         let (queue, ready) =
@@ -224,7 +251,7 @@ impl Shared {
     /// Reports the entry before the oldest one that still waits.
     fn advance(&self, state: &State) {
         let told = match state.holding.values().next() {
-            Some((index, _)) => LogIndex(index.0.saturating_sub(1)),
+            Some(held) => LogIndex(held.index.0.saturating_sub(1)),
             None => state.applied,
         };
         self.told.send_if_modified(|last| {
@@ -281,7 +308,7 @@ impl Shared {
             let now = Instant::now();
             let mut expired = false;
             while let Some(oldest) = state.holding.first_entry() {
-                if now.duration_since(oldest.get().1) < TIMEOUTS_RUN_OUT {
+                if now.duration_since(oldest.get().since) < TIMEOUTS_RUN_OUT {
                     break;
                 }
                 oldest.remove();
@@ -292,7 +319,7 @@ impl Shared {
                 self.vfs.distrust_pages();
                 self.advance(&state);
             }
-            let next = state.holding.values().next().map(|(_, since)| *since + TIMEOUTS_RUN_OUT);
+            let next = state.holding.values().next().map(|held| held.since + TIMEOUTS_RUN_OUT);
             match next {
                 Some(at) => drop(self.outstanding.wait_until(&mut state, at)),
                 None => self.outstanding.wait(&mut state),

@@ -7,10 +7,17 @@ use bytes::Bytes;
 use ctfs_chunk::{ChunkError, Chunks, PutError};
 use ctfs_consensus::{Consensus, ProposeError};
 use ctfs_meta::{Op, Reply, SharedNamespace};
-use ctfs_types::{ChunkId, Incarnation, NodeId};
-use ctfs_vfs::{ChunkAccess, FsError, Metadata, Request, SpaceReport};
+use ctfs_net::Network;
+use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, NodeId};
+use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport};
 
-use crate::report::Figures;
+use crate::{
+    messages::{self, HeldFile, service},
+    report::Figures,
+};
+
+/// A holder that is asked for a file may have to flush much of it first.
+const HOLDER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The replicated metadata, reached from this server.
 pub struct ReplicatedMetadata {
@@ -66,6 +73,31 @@ impl Metadata for ReplicatedMetadata {
 
     fn leased(&self) -> bool {
         self.consensus.leased()
+    }
+}
+
+/// The other servers, as holders of files.
+pub struct PeerHolders {
+    pub network: Network,
+}
+
+impl PeerHolders {
+    async fn ask(&self, holder: Holder, ino: Ino, service: u16) -> Result<Vec<u8>, FsError> {
+        let file = messages::encode(&HeldFile { incarnation: holder.incarnation, ino });
+        let answer = self.network.call(holder.node, service, file, HOLDER_DEADLINE).await;
+        answer.map_err(|error| FsError::HolderAway { node: holder.node, why: error.to_string() })
+    }
+}
+
+#[async_trait]
+impl Holders for PeerHolders {
+    async fn recall(&self, holder: Holder, ino: Ino) -> Result<(), FsError> {
+        self.ask(holder, ino, service::RECALL).await.map(drop)
+    }
+
+    async fn peek(&self, holder: Holder, ino: Ino) -> Result<Attr, FsError> {
+        let answer = self.ask(holder, ino, service::PEEK).await?;
+        messages::decode(&answer).map_err(|why| FsError::HolderAway { node: holder.node, why })
     }
 }
 

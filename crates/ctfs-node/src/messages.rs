@@ -3,7 +3,7 @@
 //! Every message is a codec record of version 1; the service number says which.
 
 use ctfs_meta::{ClusterIdentity, Member};
-use ctfs_types::{Ino, LogIndex, codec};
+use ctfs_types::{Incarnation, Ino, LogIndex, codec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Service numbers; the high byte picks the stream, so that classes do not wait for each other.
@@ -15,6 +15,10 @@ pub mod service {
     pub const REPORT: u16 = 0x0303;
     /// To the leader: take a member out of the voters and learners, then remove it.
     pub const REMOVE_MEMBER: u16 = 0x0304;
+    /// Have the answering server give up a file that it holds.
+    pub const RECALL: u16 = 0x0305;
+    /// The attributes of a file that the answering server holds.
+    pub const PEEK: u16 = 0x0306;
     pub const GET_CHUNK: u16 = 0x0401;
     pub const PUT_CHUNK: u16 = 0x0402;
 }
@@ -28,6 +32,13 @@ pub const LIST_MAX: usize = 4096;
 pub struct OpenOrphans {
     pub applied: LogIndex,
     pub inos: Vec<Ino>,
+}
+
+/// About a file, to the life of a server that holds it.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct HeldFile {
+    pub incarnation: Incarnation,
+    pub ino: Ino,
 }
 
 /// The figures of one server, for `ctfs status`, `statfs` and placement.

@@ -23,7 +23,7 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     stop,
-    access::{ClusterChunks, ReplicatedMetadata},
+    access::{ClusterChunks, PeerHolders, ReplicatedMetadata},
     collect::Collector,
     events::Events,
     join::{self, Doorman},
@@ -166,7 +166,7 @@ impl Node {
         let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: consensus.replica(), node: id, incarnation });
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
-        let vfs = Vfs::new(metadata, cluster_chunks, tier, VfsSettings::default());
+        let vfs = Vfs::new(metadata, cluster_chunks, Arc::new(PeerHolders { network: network.clone() }), tier, VfsSettings::default());
         figures.watch_cache(vfs.clone(), same_disk(&settings.cache_dir, &state.join("chunks")));
         events.tell_vfs(vfs.clone());
         services.serve_vfs(vfs.clone());
@@ -398,6 +398,10 @@ impl Node {
             if let Err(problem) = step {
                 tracing::error!(code = problem.code, what = problem.what, why = problem.why, "shutting down with a problem");
             }
+        }
+        // Else others would have to wait for this server to be back, or to be declared ended.
+        if tokio::time::timeout(FLUSH_DEADLINE, self.vfs.give_up_all()).await.is_err() {
+            tracing::warn!("files stay owned by this server until it is back: nobody answered");
         }
         self.stop.send_replace(true);
         let tasks = std::mem::take(&mut *self.tasks.lock());

@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use crate::{
     join::Doorman,
     members::Membership,
-    messages::{self, LIST_MAX, OpenOrphans, service},
+    messages::{self, HeldFile, LIST_MAX, OpenOrphans, service},
     peers::FULL,
     report::Figures,
 };
@@ -70,6 +70,12 @@ impl Services {
         self.heard.lock().get(&node).copied()
     }
 
+    /// The file system, if it is in the life that is asked.
+    fn holder(&self, file: &HeldFile) -> Result<&Arc<Vfs>, String> {
+        let vfs = self.vfs.get().ok_or(STARTING)?;
+        if vfs.incarnation() == file.incarnation { Ok(vfs) } else { Err("that life of this server has ended".to_owned()) }
+    }
+
     async fn open_orphans(&self, question: OpenOrphans) -> Result<Vec<u8>, String> {
         if question.inos.len() > LIST_MAX {
             return Err(format!("more than {LIST_MAX} inodes in one question"));
@@ -102,6 +108,17 @@ impl Handler for Services {
                 Ok(messages::encode(&store.has(&ids)))
             }
             service::OPEN_ORPHANS => self.open_orphans(messages::decode(&payload)?).await,
+            service::RECALL => {
+                let file: HeldFile = messages::decode(&payload)?;
+                let vfs = self.holder(&file)?;
+                vfs.give_up(file.ino).await.map_err(|error| error.to_string())?;
+                Ok(Vec::new())
+            }
+            service::PEEK => {
+                let file: HeldFile = messages::decode(&payload)?;
+                let attr = self.holder(&file)?.peek_here(file.ino).await.map_err(|error| error.to_string())?;
+                Ok(messages::encode(&attr))
+            }
             service::REPORT => Ok(messages::encode(&self.figures.get().ok_or(STARTING)?.local())),
             service::REMOVE_MEMBER => {
                 let (node, force): (NodeId, bool) = messages::decode(&payload)?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_meta::{Op, Reply, SharedNamespace};
-use ctfs_types::{ChunkId, Incarnation, NodeId};
+use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, NodeId};
 
 use crate::FsError;
 
@@ -56,6 +56,23 @@ pub trait Request: Send + Sync + 'static {
     ///   request may have happened long ago; none will any more.
     /// - [`FsError::NoQuorum`], [`FsError::Shutdown`]: no majority in time; it may still happen.
     async fn propose(&self, op: Op) -> Result<Reply, FsError>;
+}
+
+/// The other servers, as holders of files ([`ctfs_types::FileUse`]).
+#[async_trait]
+pub trait Holders: Send + Sync + 'static {
+    /// Has the holder give up the file: when this answers, everything written there is in the
+    /// metadata, and another may hold it.
+    ///
+    /// # Errors
+    /// It was not reached, is no more, or could not flush.
+    async fn recall(&self, holder: Holder, ino: Ino) -> Result<(), FsError>;
+
+    /// The attributes as programs on the holder's server see them.
+    ///
+    /// # Errors
+    /// It was not reached, is no more, or does not hold the file.
+    async fn peek(&self, holder: Holder, ino: Ino) -> Result<Attr, FsError>;
 }
 
 /// Immutable chunks, wherever they live.

@@ -19,7 +19,7 @@ impl FsError {
                 InvalidName::ForbiddenByte | InvalidName::Dots => libc::EINVAL,
             },
             // Not EAGAIN: programs do not expect it from a regular file and some spin on it.
-            Self::NoQuorum { .. } => libc::EIO,
+            Self::NoQuorum { .. } | Self::HolderAway { .. } => libc::EIO,
             Self::Shutdown => libc::ESHUTDOWN,
             Self::Store(_) => libc::EIO,
             Self::ChunkLost { .. } | Self::ChunkUnavailable { .. } => libc::EIO,
@@ -66,6 +66,10 @@ fn meta_errno(verdict: &MetaError) -> c_int {
         MetaError::BadAcl => libc::EINVAL,
         // Merged again and again without end; the writer must hear that it did not succeed.
         MetaError::CellChanged { .. } => libc::EIO,
+        // Waited for in vain: its holder neither answers nor has ended.
+        MetaError::Held { .. } => libc::EIO,
+        // Retried where they come up; a program that hears of them heard it too late to go on.
+        MetaError::Shared(_) | MetaError::SizeChanged(_) => libc::EIO,
         MetaError::Locked { .. } => libc::EAGAIN,
         MetaError::StaleIncarnation | MetaError::Answered => libc::EIO,
         // The rest answers operators, not programs; listed so that the table stays complete.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ctfs_meta::{MetaError, StoreError};
-use ctfs_types::{ChunkId, Ino, InvalidName};
+use ctfs_types::{ChunkId, Ino, InvalidName, NodeId};
 
 /// Why a file system operation failed.
 ///
@@ -22,6 +22,9 @@ pub enum FsError {
     /// Whether the change happened may be unknown; nothing was acknowledged.
     #[error("no majority of servers answered within {waited:?}")]
     NoQuorum { waited: Duration },
+    /// The server that holds newer bytes of a file cannot be asked.
+    #[error("server {node}, which holds the file, cannot be asked: {why}")]
+    HolderAway { node: NodeId, why: String },
     /// This server is stopping.
     #[error("this server is shutting down")]
     Shutdown,

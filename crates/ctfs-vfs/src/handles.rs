@@ -21,10 +21,12 @@ pub struct OpenMode {
     pub write: bool,
     /// `O_APPEND`: the metadata place each write at the end.
     pub append: bool,
+    /// The kernel bypasses its page cache.
+    pub direct: bool,
 }
 
 impl OpenMode {
-    pub const DIRECTORY: Self = Self { read: true, write: false, append: false };
+    pub const DIRECTORY: Self = Self { read: true, write: false, append: false, direct: false };
 
     pub fn from_flags(flags: i32) -> Self {
         let access = flags & libc::O_ACCMODE;
@@ -32,6 +34,7 @@ impl OpenMode {
             read: access != libc::O_WRONLY,
             write: access == libc::O_WRONLY || access == libc::O_RDWR,
             append: flags & libc::O_APPEND != 0,
+            direct: false,
         }
     }
 }
@@ -195,7 +198,7 @@ impl Handles {
 mod tests {
     use super::*;
 
-    const RW: OpenMode = OpenMode { read: true, write: true, append: false };
+    const RW: OpenMode = OpenMode { read: true, write: true, append: false, direct: false };
 
     #[test]
     fn an_orphan_is_opened_again_only_while_it_is_open() {

@@ -20,9 +20,9 @@ pub mod handles;
 pub mod vfs;
 pub mod waiters;
 
-pub use access::{ChunkAccess, Metadata, Request, SpaceReport};
+pub use access::{ChunkAccess, Holders, Metadata, Request, SpaceReport};
 pub use caller::Caller;
-pub use content::{Content, ContentSettings};
+pub use content::{Content, ContentSettings, PageWaits, Pages};
 pub use error::FsError;
 pub use handles::{HandleId, OpenMode};
 pub use vfs::{DirItem, KernelCache, LockRequest, Opened, SetAttrRequest, SetTime, Statfs, Vfs, VfsSettings};

@@ -24,7 +24,7 @@ use std::{
 
 use ctfs_chunk::CacheTier;
 use ctfs_meta::{Change, Namespace, Reply, Totals};
-use ctfs_types::{Attr, Ino};
+use ctfs_types::{Attr, FileUse, Holder, Incarnation, Ino};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -34,7 +34,8 @@ pub use attrs::SetAttrRequest;
 pub use locks::LockRequest;
 
 use crate::{
-    ChunkAccess, Content, ContentSettings, FsError, Metadata, SpaceReport, caller,
+    ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, PageWaits, SpaceReport, caller,
+    content::Around,
     handles::Handles,
     waiters::LockWaiters,
 };
@@ -77,6 +78,10 @@ impl Default for VfsSettings {
 pub trait KernelCache: Send + Sync + 'static {
     /// Drops what the kernel keeps of the changed things, soon. Never blocks.
     fn invalidate(&self, changes: Vec<Change>);
+
+    /// A request that holds pages of `ino` begins to wait for the cluster. Nothing may wait for
+    /// those pages from here on: what the request waits for could be waiting for it.
+    fn pages_wait(&self, ino: Ino);
 }
 
 /// The file system as one server offers it.
@@ -91,7 +96,7 @@ pub struct Vfs {
     page_versions: Mutex<HashMap<Ino, u64>>,
     /// What `statfs` last saw, for when the replica is busy.
     last_totals: Mutex<Totals>,
-    kernel: Mutex<Option<Arc<dyn KernelCache>>>,
+    waits: Arc<PageWaits>,
     /// Counts mounts that ended; a wait for a lock belongs to one.
     connection: watch::Sender<u64>,
 }
@@ -110,16 +115,19 @@ impl Vfs {
     pub fn new(
         meta: Arc<dyn Metadata>,
         chunks: Arc<dyn ChunkAccess>,
+        holders: Arc<dyn Holders>,
         tier: CacheTier,
         settings: VfsSettings,
     ) -> Arc<Self> {
+        let waits = Arc::new(PageWaits::default());
+        let around = Around { meta: meta.clone(), chunks: chunks.clone(), holders, waits: waits.clone() };
         Arc::new(Self {
-            content: Content::new(meta.clone(), chunks.clone(), tier, settings.content.clone()),
+            content: Content::new(around, tier, settings.content.clone()),
             handles: Handles::new(settings.handles_max),
             waiters: LockWaiters::new(settings.lock_waiters_max),
             page_versions: Mutex::default(),
             last_totals: Mutex::default(),
-            kernel: Mutex::new(None),
+            waits,
             connection: watch::Sender::new(0),
             meta,
             chunks,
@@ -165,6 +173,41 @@ impl Vfs {
         self.page_versions.lock().clear();
     }
 
+    /// Whether a request that holds pages of `ino` waits for the cluster.
+    pub fn pages_wait(&self, ino: Ino) -> bool {
+        self.waits.any(ino)
+    }
+
+    /// Another server wants to use a file that this one holds.
+    ///
+    /// # Errors
+    /// What is buffered here could not be flushed; this server holds the file on.
+    pub async fn give_up(&self, ino: Ino) -> Result<(), FsError> {
+        self.content.give_up(ino).await
+    }
+
+    /// The attributes of a file that this server holds, as programs here see them.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`]: it does not hold it.
+    pub async fn peek_here(&self, ino: Ino) -> Result<Attr, FsError> {
+        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        match attr.usage {
+            FileUse::Owned { holder, .. } if holder == self.me() => Ok(self.shown(attr)),
+            _ => Err(FsError::Stale(ino)),
+        }
+    }
+
+    /// Whether the kernel may keep attributes of this file: not while another server writes it.
+    pub fn may_cache(&self, attr: &Attr) -> bool {
+        attr.usage.held_from(self.me()).is_none()
+    }
+
+    /// Gives up every file that this server holds and could flush; before it stops.
+    pub async fn give_up_all(&self) {
+        self.content.give_up_all().await;
+    }
+
     /// For each inode whether a program here has it open. One that is not can never be opened here
     /// again: opening and this question share one latch.
     pub fn open_orphans(&self, inos: &[Ino]) -> Vec<bool> {
@@ -178,7 +221,7 @@ impl Vfs {
 
     /// Where to send invalidations that no request of the kernel's own implies.
     pub fn set_kernel(&self, kernel: Option<Arc<dyn KernelCache>>) {
-        *self.kernel.lock() = kernel;
+        self.waits.set_kernel(kernel);
     }
 
     /// Makes every write so far durable.
@@ -236,13 +279,22 @@ impl Vfs {
         attr
     }
 
+    /// This life of the server.
+    pub fn incarnation(&self) -> Incarnation {
+        self.meta.incarnation()
+    }
+
+    fn me(&self) -> Holder {
+        Holder { node: self.meta.node(), incarnation: self.meta.incarnation() }
+    }
+
     fn attr_of(ns: &Namespace, ino: Ino) -> Result<Attr, FsError> {
         ns.attr(ino)?.ok_or(FsError::Stale(ino))
     }
 
     /// Tells the kernel to drop what it keeps, if one is attached. Never blocks.
     pub fn invalidate(&self, changes: Vec<Change>) {
-        if let Some(kernel) = self.kernel.lock().clone() {
+        if let Some(kernel) = self.waits.kernel() {
             kernel.invalidate(changes);
         }
     }

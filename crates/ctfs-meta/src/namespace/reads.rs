@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
-use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, Ino, NodeId, Timestamp};
+use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, FileUse, Holder, Ino, NodeId, Timestamp};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -139,6 +139,23 @@ impl Namespace {
     pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
         let table: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
         Ok(table.into_iter().find(|held| locks::conflict(held, lock)))
+    }
+
+    /// Files that `holder` holds, each with the request by which it does.
+    pub fn held_by(&self, holder: Holder, limit: usize) -> Read<Vec<(Ino, u64)>> {
+        let (from, to) = keys::under(keys::OWNED, &[holder.node.0, holder.incarnation.0]);
+        let mut inos = Vec::new();
+        self.each(&from, &to, |key, _| {
+            inos.extend(keys::number_at(key, 17).map(Ino));
+            Ok(if inos.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        let mut held = Vec::with_capacity(inos.len());
+        for ino in inos {
+            if let Some(Attr { usage: FileUse::Owned { since, .. }, .. }) = self.attr(ino)? {
+                held.push((ino, since));
+            }
+        }
+        Ok(held)
     }
 
     pub fn locks(&self, ino: Ino, kind: LockKind) -> Read<Vec<Lock>> {

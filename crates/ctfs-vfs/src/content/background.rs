@@ -32,6 +32,7 @@ pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
         shared.drop_reaped();
         shared.keep_reserve().await;
         shared.start_flushes();
+        shared.give_up_idle().await;
         shared.drop_idle();
     }
 }

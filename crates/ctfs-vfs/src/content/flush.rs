@@ -39,6 +39,8 @@ pub(super) struct Pending {
     mtime: Option<Timestamp>,
     drops_wanted: u64,
     drop_privileges: bool,
+    /// The size at which an append was placed.
+    appends_at: Option<u64>,
 }
 
 /// A cell ready to be committed.
@@ -102,11 +104,22 @@ impl Shared {
     ///
     /// What becomes dirty meanwhile is left for the next one, so a busy writer cannot keep it going.
     pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
+        self.flush_placed(inode, turn, cut, None).await
+    }
+
+    /// As [`Self::flush_locked`], of one append: refused when the file's size is not `appends_at`.
+    pub(super) async fn flush_placed(
+        &self,
+        inode: &Arc<Inode>,
+        turn: &mut Turn,
+        cut: Cut,
+        appends_at: Option<u64>,
+    ) -> Result<(), FsError> {
         self.end_doubt(inode, turn).await?;
         // A flush whose caller went away left its ranges behind.
         inode.entry.abandon_flush();
         let lost = self.take_lost(inode);
-        let flushed = self.flush_cells(inode, turn, cut).await;
+        let flushed = self.flush_cells(inode, turn, cut, appends_at).await;
         if turn.is_none() {
             inode.entry.abandon_flush();
         }
@@ -150,7 +163,13 @@ impl Shared {
         Some(error)
     }
 
-    async fn flush_cells(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
+    async fn flush_cells(
+        &self,
+        inode: &Arc<Inode>,
+        turn: &mut Turn,
+        cut: Cut,
+        appends_at: Option<u64>,
+    ) -> Result<(), FsError> {
         // The attributes first: what is written from here on belongs to the next flush.
         let pending = {
             let local = inode.local.lock();
@@ -159,6 +178,7 @@ impl Shared {
                 mtime: local.mtime,
                 drops_wanted: local.drops_wanted,
                 drop_privileges: local.drop_is_pending(),
+                appends_at,
             }
         };
         let cells = inode.entry.dirty_cells(cut == Cut::WholeCells);
@@ -220,6 +240,7 @@ impl Shared {
                 size_at_least,
                 mtime: Some(self.mtime_to_commit(ino, pending.mtime)?),
                 drop_privileges: pending.drop_privileges,
+                appends_at: pending.appends_at,
             };
             match self.propose_flush(inode, turn, op, (&built, pending)).await {
                 Ok(Reply::Written { attr, .. }) => {

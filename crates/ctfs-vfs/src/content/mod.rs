@@ -21,8 +21,9 @@
 //!
 //! A read of resident bytes and a write with room in the tier complete without awaiting anything.
 //!
-//! Reading order: [`read`], [`write`], [`flush`], [`doubt`] (commands without an answer), [`resize`]
-//! (truncate, allocate), [`ranges`] (seek, copy), [`background`].
+//! Reading order: [`sharing`] (which server may write), [`read`], [`write`], [`flush`], [`doubt`]
+//! (commands without an answer), [`resize`] (truncate, allocate), [`ranges`] (seek, copy),
+//! [`background`].
 
 mod background;
 mod doubt;
@@ -30,12 +31,13 @@ mod flush;
 mod ranges;
 mod read;
 mod resize;
+mod sharing;
 #[cfg(test)]
 mod tests;
 mod write;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -46,14 +48,16 @@ use std::{
 use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, Entry, Residency, Tag, TierError, TierUsage};
 use ctfs_meta::{Change, MetaError, Namespace, SetAttr};
-use ctfs_types::{Attr, CellIndex, Extent, ExtentData, FileKind, Ino, Timestamp};
+use ctfs_types::{Attr, CellIndex, Extent, ExtentData, FileKind, Holder, Ino, Timestamp};
 use parking_lot::Mutex;
 use tokio::{
     runtime::Handle,
     sync::{Notify, Semaphore},
 };
 
-use crate::{ChunkAccess, FsError, Metadata};
+pub use sharing::{PageWaits, Pages};
+
+use crate::{ChunkAccess, FsError, Holders, Metadata};
 
 /// Numbers that bound what file contents may take.
 #[derive(Debug, Clone)]
@@ -64,6 +68,9 @@ pub struct ContentSettings {
     pub dirty_age_max: Duration,
     /// Whole cells of an inode with more unflushed bytes than this are flushed at once.
     pub dirty_inode_bytes: u64,
+    /// How long another server that holds a file is waited for. Longer than it takes to declare it
+    /// ended.
+    pub holder_patience: Duration,
     /// How long a write waits for room in the cache tier before it fails.
     pub room_patience: Duration,
     /// A chunk put longer ago than this is put again before the metadata name it: half the grace
@@ -81,12 +88,21 @@ impl Default for ContentSettings {
             runtime: None,
             dirty_age_max: Duration::from_secs(5),
             dirty_inode_bytes: 32 << 20,
+            holder_patience: Duration::from_secs(20),
             room_patience: Duration::from_secs(30),
             put_age_max: Duration::from_secs(300),
             transfers: 8,
             flushes: 4,
         }
     }
+}
+
+/// What the contents stand on.
+pub struct Around {
+    pub meta: Arc<dyn Metadata>,
+    pub chunks: Arc<dyn ChunkAccess>,
+    pub holders: Arc<dyn Holders>,
+    pub waits: Arc<PageWaits>,
 }
 
 /// The contents of all regular files, as one server reads and writes them.
@@ -100,6 +116,8 @@ pub struct Content {
 struct Shared {
     meta: Arc<dyn Metadata>,
     chunks: Arc<dyn ChunkAccess>,
+    holders: Arc<dyn Holders>,
+    waits: Arc<PageWaits>,
     tier: CacheTier,
     settings: ContentSettings,
     runtime: Handle,
@@ -109,6 +127,10 @@ struct Shared {
     /// Inodes that are gone; their bytes are dropped by the background task, because whoever tells
     /// us may hold the replica's lock.
     reaped: Mutex<Vec<Ino>>,
+    /// Files that this server may still hold although nobody here writes them.
+    idle: Mutex<BTreeSet<Ino>>,
+    /// Told when some file may have changed hands.
+    usage_changed: Notify,
     /// Wakes the background task.
     kick: Arc<Notify>,
     /// Told after each flush: there may be room in the tier.
@@ -150,6 +172,10 @@ struct Local {
     /// Counts the changes of `cut`; a read that saw it move starts over.
     cuts: u64,
     opens: u32,
+    /// Of those, handles that can write.
+    writers: u32,
+    /// This server may have given the file up without knowing it: it must be taken anew.
+    holding_is_in_doubt: bool,
     /// What a flush failed with, until somebody is told.
     error: Option<FsError>,
     /// Failed background flushes in a row, and when to try again.
@@ -198,8 +224,7 @@ impl Content {
     /// # Panics
     /// Outside a tokio runtime, when the settings name none.
     pub fn new(
-        meta: Arc<dyn Metadata>,
-        chunks: Arc<dyn ChunkAccess>,
+        Around { meta, chunks, holders, waits }: Around,
         tier: CacheTier,
         settings: ContentSettings,
     ) -> Self {
@@ -208,11 +233,15 @@ impl Content {
         let shared = Arc::new(Shared {
             meta,
             chunks,
+            holders,
+            waits,
             tier,
             runtime: runtime.clone(),
             inodes: Mutex::default(),
             pending: Mutex::default(),
             reaped: Mutex::default(),
+            idle: Mutex::default(),
+            usage_changed: Notify::new(),
             kick: kick.clone(),
             drained: Notify::new(),
             read_ahead: Arc::new(Semaphore::new(settings.transfers.max(1))),
@@ -230,8 +259,8 @@ impl Content {
     /// # Errors
     /// - [`FsError::ChunkLost`], [`FsError::ChunkUnavailable`]: the bytes cannot be had.
     /// - [`FsError::NoQuorum`]: without a lease, and nobody could say what is current.
-    pub async fn read(&self, ino: Ino, offset: u64, len: u32) -> Result<Bytes, FsError> {
-        self.shared.read(ino, offset, len).await
+    pub async fn read(&self, ino: Ino, offset: u64, len: u32, pages: Pages) -> Result<Bytes, FsError> {
+        self.shared.read(ino, offset, len, pages).await
     }
 
     /// Writes `data` at `offset`; it is visible here when this answers, and durable after a flush.
@@ -239,8 +268,15 @@ impl Content {
     /// # Errors
     /// - [`FsError::TooBig`]: over the largest size of a file, or of one in the cache directory.
     /// - [`FsError::CacheFull`]: no room in the tier within [`ContentSettings::room_patience`].
-    pub async fn write(&self, ino: Ino, offset: u64, data: Bytes, drop_privileges: bool) -> Result<u32, FsError> {
-        self.shared.write(ino, write::Place::At(offset), data, drop_privileges).await.map(|(_, len)| len)
+    pub async fn write(
+        &self,
+        ino: Ino,
+        offset: u64,
+        data: Bytes,
+        drop_privileges: bool,
+        pages: Pages,
+    ) -> Result<u32, FsError> {
+        self.shared.write(ino, write::Place::At(offset), data, drop_privileges, pages).await.map(|(_, len)| len)
     }
 
     /// Writes `data` at the end of the file, as this server sees it, and answers where that was.
@@ -248,8 +284,47 @@ impl Content {
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool) -> Result<u64, FsError> {
-        self.shared.write(ino, write::Place::End, data, drop_privileges).await.map(|(offset, _)| offset)
+    pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool, pages: Pages) -> Result<u64, FsError> {
+        self.shared.write(ino, write::Place::End, data, drop_privileges, pages).await.map(|(offset, _)| offset)
+    }
+
+    /// Gets the right to write to `ino`, so that other servers ask before they use it.
+    ///
+    /// # Errors
+    /// [`FsError::NoQuorum`]; [`MetaError::Held`]: another server holds it, and neither answers nor
+    /// has ended.
+    pub async fn claim(&self, ino: Ino) -> Result<(), FsError> {
+        let inode = self.shared.inode(ino)?;
+        self.shared.claim(&inode, Pages::Unlocked).await.map(drop)
+    }
+
+    /// Returns when no other server holds newer bytes of `ino`.
+    ///
+    /// # Errors
+    /// As [`Self::claim`].
+    pub async fn settle(&self, ino: Ino) -> Result<(), FsError> {
+        self.shared.settle(ino, Pages::Unlocked).await
+    }
+
+    /// The attributes as the holder sees them.
+    ///
+    /// # Errors
+    /// As [`Self::claim`].
+    pub async fn peek(&self, ino: Ino, holder: Holder) -> Result<Attr, FsError> {
+        self.shared.peek(ino, holder).await
+    }
+
+    /// Another server wants the file: flushes it and gives it up.
+    ///
+    /// # Errors
+    /// What kept it from being flushed or given up; this server holds it on.
+    pub async fn give_up(&self, ino: Ino) -> Result<(), FsError> {
+        self.shared.give_up(ino).await
+    }
+
+    /// Gives up every file held here that has nothing pending.
+    pub async fn give_up_all(&self) {
+        self.shared.give_up_all().await;
     }
 
     /// Makes everything written to `ino` before the call durable and visible to every server.
@@ -303,18 +378,24 @@ impl Content {
     }
 
     /// A handle of `ino` was opened. Each call is matched by one of [`Self::closed`].
-    pub fn opened(&self, ino: Ino) {
+    pub fn opened(&self, ino: Ino, writes: bool) {
         // An inode that is gone is of no interest; the open itself says so.
         if let Ok(inode) = self.shared.inode(ino) {
-            inode.local.lock().opens += 1;
+            let mut local = inode.local.lock();
+            local.opens += 1;
+            local.writers += u32::from(writes);
         }
     }
 
-    pub fn closed(&self, ino: Ino) {
+    pub fn closed(&self, ino: Ino, wrote: bool) {
         let inode = self.shared.inodes.lock().get(&ino).cloned();
         if let Some(inode) = inode {
             let mut local = inode.local.lock();
             local.opens = local.opens.saturating_sub(1);
+            local.writers = local.writers.saturating_sub(u32::from(wrote));
+            if wrote && local.writers == 0 {
+                self.shared.idle.lock().insert(ino);
+            }
         }
         self.shared.release(ino);
     }
@@ -326,10 +407,14 @@ impl Content {
 
     /// An applied entry changed something. Quick, and takes no lock that is held during I/O.
     pub fn changed(&self, change: &Change) {
-        // Changed bytes need nothing: the extents say it to whoever reads.
-        if let Change::Reaped { ino } = change {
-            self.shared.reaped.lock().push(*ino);
-            self.shared.kick.notify_one();
+        match change {
+            Change::Reaped { ino } => {
+                self.shared.reaped.lock().push(*ino);
+                self.shared.kick.notify_one();
+            }
+            Change::Usage { .. } => self.shared.usage_changed.notify_waiters(),
+            // Changed bytes need nothing: the extents say it to whoever reads.
+            _ => {}
         }
     }
 

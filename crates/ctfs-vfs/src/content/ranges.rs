@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use ctfs_meta::MetaError;
 use ctfs_types::Ino;
+use tokio::time::Instant;
 
-use super::{Inode, Shared, attr_of};
+use super::{Inode, Pages, Shared, attr_of, sharing::WriteMode};
 use crate::FsError;
 
 /// Cells looked at in one go while searching for data, at first; doubled while none is found.
@@ -17,7 +18,7 @@ const COPY_BYTES: u64 = 1 << 20;
 
 impl Shared {
     pub(super) async fn seek(&self, ino: Ino, offset: u64, whence: i32) -> Result<u64, FsError> {
-        self.be_current().await?;
+        self.settle(ino, Pages::Unlocked).await?;
         let inode = self.inode(ino)?;
         let _gate = inode.enter().await;
         let size = self.size(&inode)?;
@@ -97,9 +98,33 @@ impl Shared {
         (target, to): (Ino, u64),
         len: u64,
     ) -> Result<u64, FsError> {
-        self.be_current().await?;
         let (reader, writer) = (self.inode(source)?, self.inode(target)?);
-        let size = self.size(&reader)?;
+        let deadline = Instant::now() + self.settings.holder_patience;
+        loop {
+            self.settle(source, Pages::Unlocked).await?;
+            let mode = self.claim(&writer, Pages::Unlocked).await?;
+            let copied = self.copy_settled(&reader, from, &writer, to, len).await;
+            if mode == WriteMode::Through {
+                self.flush(target).await?;
+            }
+            match copied {
+                // A file changed hands before the first byte.
+                Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => {}
+                copied => return copied,
+            }
+        }
+    }
+
+    async fn copy_settled(
+        self: &Arc<Self>,
+        reader: &Arc<Inode>,
+        from: u64,
+        writer: &Arc<Inode>,
+        to: u64,
+        len: u64,
+    ) -> Result<u64, FsError> {
+        let (source, target) = (reader.ino, writer.ino);
+        let size = self.size(reader)?;
         let len = len.min(size.saturating_sub(from));
         if source == target && from < to.saturating_add(len) && to < from.saturating_add(len) {
             return Err(FsError::Invalid("the ranges overlap"));
@@ -117,30 +142,31 @@ impl Shared {
             let mut whole = if at_cell { left / grid.bytes() } else { 0 };
             // The source's last cell is zero behind its end, so it can be shared where nothing of
             // the target lies behind it.
-            if at_cell && share_tail && whole == 0 && read_at + left == size && write_at + left >= self.size(&writer)? {
+            if at_cell && share_tail && whole == 0 && read_at + left == size && write_at + left >= self.size(writer)? {
                 whole = 1;
             }
             let step = if whole > 0 {
                 let whole = whole.min(CLONE_CELLS_MAX);
                 let bytes = left.min(whole * grid.bytes());
                 let (first, at) = (grid.cell_of(read_at), grid.cell_of(write_at));
-                match self.clone_cells(source, first, &writer, at, whole, write_at + bytes).await {
+                match self.clone_cells(source, first, writer, at, whole, write_at + bytes).await {
                     Ok(()) => bytes,
                     // Somebody appended to the target behind the copied bytes: those must stay.
                     Err(FsError::Meta(MetaError::CellChanged { .. })) if !bytes.is_multiple_of(grid.bytes()) => {
                         share_tail = false;
                         0
                     }
+                    Err(FsError::Meta(MetaError::Held { .. })) if done > 0 => break,
                     Err(error) => return Err(error),
                 }
             } else {
                 let to_boundary = grid.bytes() - grid.within(read_at);
                 let piece = left.min(COPY_BYTES).min(to_boundary);
-                let bytes = self.read(source, read_at, piece as u32).await?;
+                let bytes = self.read(source, read_at, piece as u32, Pages::Unlocked).await?;
                 if bytes.is_empty() {
                     break;
                 }
-                let (_, written) = self.write(target, super::write::Place::At(write_at), bytes, true).await?;
+                let (_, written) = self.write(target, super::write::Place::At(write_at), bytes, true, Pages::Unlocked).await?;
                 u64::from(written)
             };
             done += step;

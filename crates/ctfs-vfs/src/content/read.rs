@@ -9,7 +9,7 @@ use ctfs_types::{CellIndex, ExtentData, Ino};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::debug;
 
-use super::{Inode, Shared, attr_of, cache_error, extent_of, tag_of};
+use super::{Inode, Pages, Shared, attr_of, cache_error, extent_of, tag_of};
 use crate::FsError;
 
 /// How often a read starts over because the cells it fetched were changed meanwhile.
@@ -26,6 +26,8 @@ pub(super) type Loans = HashMap<CellIndex, (Tag, Bytes)>;
 enum Attempt {
     Done { bytes: Bytes, size: u64, cuts: u64 },
     Missing(Vec<(CellIndex, Tag)>),
+    /// Another server has newer bytes.
+    Held,
 }
 
 /// How a file is being read, to know what to fetch ahead.
@@ -67,7 +69,7 @@ impl Stream {
 }
 
 impl Shared {
-    pub(super) async fn read(self: &Arc<Self>, ino: Ino, offset: u64, len: u32) -> Result<Bytes, FsError> {
+    pub(super) async fn read(self: &Arc<Self>, ino: Ino, offset: u64, len: u32, pages: Pages) -> Result<Bytes, FsError> {
         let mut leased = self.meta.leased();
         if !leased {
             self.meta.barrier().await?;
@@ -87,6 +89,7 @@ impl Shared {
                     self.read_ahead(&inode, offset..offset + bytes.len() as u64, size);
                     return Ok(bytes);
                 }
+                Attempt::Held => self.settle(ino, pages).await?,
                 Attempt::Missing(missing) => {
                     let fetches = futures_util::stream::iter(missing).map(|(cell, tag)| {
                         let inode = &inode;
@@ -112,6 +115,9 @@ impl Shared {
         let view = inode.entry.view();
         let ns = self.meta.replica().read();
         let attr = attr_of(&ns, ino)?;
+        if attr.usage.held_from(self.me()).is_some() {
+            return Ok(Attempt::Held);
+        }
         let was_cut = cut.is_some_and(|before| attr.data_version != before);
         let size = if was_cut { attr.size } else { attr.size.max(local_size) };
         let end = offset.saturating_add(len.into()).min(size);

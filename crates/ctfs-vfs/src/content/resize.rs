@@ -2,10 +2,11 @@
 
 use std::{ops::Range, sync::Arc};
 
-use ctfs_meta::{Op, Reply, SetAttr};
+use ctfs_meta::{MetaError, Op, Reply, SetAttr};
 use ctfs_types::{Attr, Ino, limits::FILE_BYTES_MAX};
+use tokio::time::Instant;
 
-use super::{Inode, Shared, attr_of, extent_of, flush::Cut, write::Place};
+use super::{Inode, Pages, Shared, attr_of, extent_of, flush::Cut, sharing::WriteMode, write::Place};
 use crate::FsError;
 
 /// Marks a truncate as under way, until it is done or given up.
@@ -30,6 +31,17 @@ impl Shared {
         if set.size.is_some_and(|size| size > FILE_BYTES_MAX) {
             return Err(FsError::TooBig);
         }
+        let deadline = Instant::now() + self.settings.holder_patience;
+        loop {
+            self.settle(ino, Pages::Unlocked).await?;
+            match self.set_attr_settled(ino, set.clone()).await {
+                Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => {}
+                decided => return decided,
+            }
+        }
+    }
+
+    async fn set_attr_settled(&self, ino: Ino, set: SetAttr) -> Result<Attr, FsError> {
         let inode = self.inode(ino)?;
         // Only a new size takes bytes away.
         let gate = match set.size {
@@ -87,17 +99,37 @@ impl Shared {
             libc::FALLOC_FL_ZERO_RANGE => true,
             _ => return Err(FsError::Unsupported("this mode of fallocate")),
         };
-        self.be_current().await?;
         let inode = self.inode(ino)?;
-        let _gate = inode.gate.write().await;
-        if zero {
-            let size = self.size(&inode)?;
-            if offset < size {
-                self.zero(&inode, offset..end.min(size)).await?;
+        loop {
+            let mode = self.claim(&inode, Pages::Unlocked).await?;
+            let _gate = inode.gate.write().await;
+            if self.write_mode(&inode)? == Some(mode) {
+                self.allocate_claimed(&inode, keep_size, zero, offset..end).await?;
+                return match mode {
+                    WriteMode::Buffer => Ok(()),
+                    WriteMode::Through => self.flush(ino).await,
+                };
             }
-            self.touch(&inode, &mut inode.local.lock(), false);
         }
-        if !keep_size && end > self.size(&inode)? {
+    }
+
+    /// The caller holds the gate alone.
+    async fn allocate_claimed(
+        &self,
+        inode: &Arc<Inode>,
+        keep_size: bool,
+        zero: bool,
+        Range { start: offset, end }: Range<u64>,
+    ) -> Result<(), FsError> {
+        let ino = inode.ino;
+        if zero {
+            let size = self.size(inode)?;
+            if offset < size {
+                self.zero(inode, offset..end.min(size)).await?;
+            }
+            self.touch(inode, &mut inode.local.lock(), false);
+        }
+        if !keep_size && end > self.size(inode)? {
             // Not SetAttr: a size that somebody else made larger meanwhile stays.
             let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false, appends_at: None };
             let mut turn = inode.flushing.lock().await;

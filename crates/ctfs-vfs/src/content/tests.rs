@@ -33,6 +33,7 @@ async fn resident_reads_and_writes_do_not_wait() {
     let server = cluster.server(1 << 24);
     let ino = cluster.make("file");
     let data = pattern(1, 600_000);
+    server.claim(ino).await.unwrap();
     assert_eq!(server.write(ino, 0, data.clone(), false).now_or_never().unwrap(), Ok(600_000));
     assert!(server.read(ino, 0, 600_000).now_or_never().unwrap().unwrap() == data);
     server.flush(ino).await.unwrap();
@@ -223,6 +224,7 @@ async fn writers_wait_for_room_no_longer_than_their_patience() {
     let settings = ContentSettings { room_patience: Duration::from_millis(50), ..ContentSettings::default() };
     let server = cluster.server_with(4 * CELL, settings);
     let ino = cluster.make("file");
+    server.claim(ino).await.unwrap();
     cluster.cut_off.store(true, SeqCst);
     server.write(ino, 0, pattern(1, CELL as usize), false).await.unwrap();
     assert_eq!(server.write(ino, CELL, pattern(1, 2 * CELL as usize), false).await, Ok(CELL as u32));
@@ -270,7 +272,7 @@ async fn a_read_beside_a_truncate_sees_before_or_after() {
     let stopped = stop.clone();
     let reader = tokio::spawn(async move {
         while !stopped.load(Relaxed) {
-            let got = content.read(ino, 0, 1 << 20).await.unwrap();
+            let got = content.read(ino, 0, 1 << 20, Pages::Unlocked).await.unwrap();
             // The writes below come in two pieces, so the file has one of these sizes.
             assert!([0, 10_000, whole.len()].contains(&got.len()), "{} bytes", got.len());
             assert!(got == whole[..got.len()], "zeros of a half-done truncate");
@@ -313,7 +315,7 @@ async fn appends_of_one_server_do_not_overlap() {
         let content = server.content.clone();
         tokio::spawn(async move {
             for n in 0..40 {
-                content.append(ino, vec![b'a' + writer; 100].into(), false).await.unwrap();
+                content.append(ino, vec![b'a' + writer; 100].into(), false, Pages::Unlocked).await.unwrap();
                 if n % 10 == writer {
                     content.flush(ino).await.unwrap();
                 }
@@ -402,7 +404,7 @@ async fn a_removed_file_is_flushed_while_open_and_dropped_when_gone() {
     let cluster = Cluster::new();
     let server = cluster.server(1 << 24);
     let ino = cluster.make("file");
-    server.opened(ino);
+    server.opened(ino, true);
     server.write(ino, 0, pattern(1, 10_000), false).await.unwrap();
     cluster.apply(Op::Unlink { parent: Ino::ROOT, name: FileName::new(b"file").unwrap() }).unwrap();
     server.flush(ino).await.unwrap();
@@ -510,12 +512,12 @@ async fn entries_of_closed_clean_files_leave_memory() {
     let cluster = Cluster::new();
     let server = cluster.server(1 << 24);
     let ino = cluster.make("file");
-    server.opened(ino);
+    server.opened(ino, true);
     server.write(ino, 0, pattern(1, 10_000), false).await.unwrap();
-    server.closed(ino);
+    server.closed(ino, true);
     assert_eq!(server.shared.inodes.lock().len(), 1, "unflushed bytes keep it");
     server.flush(ino).await.unwrap();
-    server.closed(ino);
+    server.closed(ino, true);
     assert_eq!(server.shared.inodes.lock().len(), 0);
     assert_eq!(server.resident(ino).len(), 1, "its bytes stay cached");
     server.evict_all();

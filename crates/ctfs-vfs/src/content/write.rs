@@ -6,7 +6,10 @@ use bytes::Bytes;
 use ctfs_types::{Ino, limits::FILE_BYTES_MAX};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Inode, Local, Shared, attr_of, cache_error, now};
+use super::{
+    Inode, Local, Pages, Shared, attr_of, cache_error, now,
+    sharing::WriteMode,
+};
 use crate::FsError;
 
 /// Least bytes that a write is cut into where the tier is small.
@@ -26,12 +29,38 @@ impl Shared {
         place: Place,
         data: Bytes,
         drop_privileges: bool,
+        pages: Pages,
     ) -> Result<(u64, u32), FsError> {
         let inode = self.inode(ino)?;
-        if let Place::End = place {
-            self.be_current().await?;
+        loop {
+            let mode = self.claim(&inode, pages).await?;
+            let gate = inode.enter().await;
+            // The file may have changed hands before the gate was entered.
+            if self.write_mode(&inode)? != Some(mode) {
+                continue;
+            }
+            let written = self.write_in_mode(&inode, mode, place, &data, drop_privileges, pages).await;
+            drop(gate);
+            // A lease that ended meanwhile may have let others take the file.
+            if mode == WriteMode::Buffer && !self.meta.leased() {
+                self.be_current().await?;
+                if self.write_mode(&inode)? != Some(WriteMode::Buffer) {
+                    return Err(FsError::LostWrites { ino, why: "this server was cut off while it wrote".into() });
+                }
+            }
+            return written;
         }
-        let _gate = inode.enter().await;
+    }
+
+    async fn write_in_mode(
+        &self,
+        inode: &Arc<Inode>,
+        mode: WriteMode,
+        place: Place,
+        data: &Bytes,
+        drop_privileges: bool,
+        pages: Pages,
+    ) -> Result<(u64, u32), FsError> {
         let piece_bytes = (self.tier.limit() / 8).max(PIECE_BYTES_MIN) as usize;
         let mut at = None;
         let mut done = 0;
@@ -41,7 +70,11 @@ impl Shared {
                 Some(start) => Place::At(start + done as u64),
                 None => place,
             };
-            match self.write_piece(&inode, place, &piece, drop_privileges).await {
+            let written = match mode {
+                WriteMode::Buffer => self.write_piece(inode, place, &piece, drop_privileges).await,
+                WriteMode::Through => self.write_through(inode, place, &piece, drop_privileges, pages).await,
+            };
+            match written {
                 Ok(offset) => at = at.or(Some(offset)),
                 // What was written before counts, as write(2) has it.
                 Err(_) if done > 0 => return Ok((at.unwrap_or(0), done as u32)),

@@ -30,7 +30,10 @@ impl Vfs {
             return Ok(self.shown(attr));
         }
         let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
-        Ok(self.shown(attr))
+        match attr.usage.held_from(self.me()) {
+            None => Ok(self.shown(attr)),
+            Some(holder) => self.content.peek(ino, holder).await,
+        }
     }
 
     /// Changes attributes in one step and answers all of them as they are now.

@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 use ctfs_meta::{Change, MetaError, NewContent, SetAttr};
-use ctfs_types::{Attr, FileKind, Ino};
+use ctfs_types::{Attr, FileKind, FileUse, Ino};
 
-use super::Vfs;
+use super::{Vfs, names::new_node};
 use crate::{
-    FsError,
+    FsError, Pages,
     caller::Caller,
     handles::{HandleId, OpenMode},
 };
@@ -34,7 +34,15 @@ impl Vfs {
             FileKind::Directory => return Err(MetaError::IsDirectory(ino).into()),
             _ => return Err(MetaError::WrongKind(ino).into()),
         }
-        let mode = OpenMode::from_flags(flags);
+        let mut mode = OpenMode::from_flags(flags);
+        if mode.read && mode.write {
+            // It can be mapped, and stores through a mapping ask nobody.
+            self.content.claim(ino).await?;
+        } else {
+            self.content.settle(ino).await?;
+        }
+        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        mode.direct = wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
         let handle = self.open_handle(ino, mode)?;
         if flags & libc::O_TRUNC != 0 {
             let set = SetAttr { size: Some(0), drop_privileges: caller.uid != 0, ..SetAttr::default() };
@@ -47,7 +55,7 @@ impl Vfs {
         if !keep_cache {
             self.pages_are_current(ino);
         }
-        Ok(Opened { handle, keep_cache, direct: wants_direct(mode) })
+        Ok(Opened { handle, keep_cache, direct: mode.direct })
     }
 
     /// Makes a file and opens it.
@@ -64,21 +72,24 @@ impl Vfs {
         umask: u32,
         flags: i32,
     ) -> Result<(Attr, Opened), FsError> {
-        let attr = match self.make(caller, parent, name, NewContent::File, mode, umask).await {
+        let mut open = OpenMode::from_flags(flags);
+        open.direct = wants_direct(open);
+        let mut node = new_node(caller, NewContent::File, mode, umask);
+        node.holder = open.write.then(|| self.me());
+        let attr = match self.make_node(parent, name, node).await {
             Err(FsError::Meta(MetaError::Exists { parent, .. })) if flags & libc::O_EXCL == 0 => {
                 return Err(FsError::Stale(parent));
             }
             made => made?,
         };
-        let open = OpenMode::from_flags(flags);
         let handle = self.open_handle(attr.ino, open)?;
-        Ok((attr, Opened { handle, keep_cache: false, direct: wants_direct(open) }))
+        Ok((attr, Opened { handle, keep_cache: false, direct: open.direct }))
     }
 
     fn open_handle(&self, ino: Ino, mode: OpenMode) -> Result<HandleId, FsError> {
         let links = || Ok(self.meta.replica().read().attr(ino)?.map(|attr| attr.nlink));
         let handle = self.handles.open(ino, mode, links)?;
-        self.content.opened(ino);
+        self.content.opened(ino, mode.write);
         Ok(handle)
     }
 
@@ -86,8 +97,8 @@ impl Vfs {
     pub async fn read_file(&self, ino: Ino, handle: HandleId, offset: u64, len: u32) -> Result<Bytes, FsError> {
         // The mode is not checked: the kernel fills pages through any handle of the inode, also one
         // that was opened for writing only.
-        self.handles.mode(handle, ino)?;
-        self.content.read(ino, offset, len).await
+        let mode = self.handles.mode(handle, ino)?;
+        self.content.read(ino, offset, len, pages(mode)).await
     }
 
     /// Writes all of `data` and answers its length. `drop_privileges`: the kernel says that the
@@ -112,11 +123,12 @@ impl Vfs {
             return Err(FsError::WrongMode);
         }
         let drop_privileges = drop_privileges || caller.uid != 0;
+        let pages = if from_cache { Pages::Locked } else { pages(mode) };
         if from_cache || !mode.append {
-            return self.content.write(ino, offset, data, drop_privileges).await;
+            return self.content.write(ino, offset, data, drop_privileges, pages).await;
         }
         let len = data.len() as u64;
-        let written_at = self.content.append(ino, data, drop_privileges).await?;
+        let written_at = self.content.append(ino, data, drop_privileges, pages).await?;
         if written_at != offset {
             // Somebody else appended since the kernel looked at the size: its pages hold our bytes
             // where they are not.
@@ -170,7 +182,7 @@ impl Vfs {
                 tracing::warn!(%ino, %error, "write back after the last close");
             }
         }
-        self.content.closed(ino);
+        self.content.closed(ino, mode.write);
         self.drop_left_locks(ino, lock_owners).await;
     }
 
@@ -205,6 +217,10 @@ impl Vfs {
         }
         self.content.copy(source, source_offset, target, target_offset, len).await
     }
+}
+
+fn pages(mode: OpenMode) -> Pages {
+    if mode.direct { Pages::Unlocked } else { Pages::Locked }
 }
 
 /// A handle that only appends cannot be mapped, and the kernel's idea of where the end is may be

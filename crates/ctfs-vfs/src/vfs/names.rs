@@ -113,17 +113,11 @@ impl Vfs {
         mode: u32,
         umask: u32,
     ) -> Result<Attr, FsError> {
+        self.make_node(parent, name, new_node(caller, content, mode, umask)).await
+    }
+
+    pub(super) async fn make_node(&self, parent: Ino, name: &[u8], node: NewNode) -> Result<Attr, FsError> {
         let name = FileName::new(name)?;
-        let node = NewNode {
-            content,
-            mode: (mode & 0o7777) as u16,
-            umask: (umask & 0o777) as u16,
-            uid: caller.uid,
-            gid: caller.gid,
-            // Always: the kernel has checked the rights to make a file here, not those to open one
-            // that somebody else made a moment ago.
-            exclusive: true,
-        };
         let reply = self.meta.propose(Op::Make { parent, name, node }).await?;
         entry(reply).map(|attr| self.shown(attr))
     }
@@ -226,5 +220,19 @@ impl Vfs {
     /// Names are durable on a majority when their command is answered; nothing is left to do.
     pub async fn fsyncdir(&self, dir: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, dir).map(drop)
+    }
+}
+
+pub(super) fn new_node(caller: Caller, content: NewContent, mode: u32, umask: u32) -> NewNode {
+    NewNode {
+        content,
+        mode: (mode & 0o7777) as u16,
+        umask: (umask & 0o777) as u16,
+        uid: caller.uid,
+        gid: caller.gid,
+        // Always: the kernel has checked the rights to make a file here, not those to open one
+        // that somebody else made a moment ago.
+        exclusive: true,
+        holder: None,
     }
 }

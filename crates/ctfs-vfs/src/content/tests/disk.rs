@@ -107,7 +107,8 @@ async fn a_background_flush_keeps_the_news_of_lost_writes_for_the_next_fsync() {
     let settings = ContentSettings { dirty_age_max: Duration::ZERO, ..ContentSettings::default() };
     let server = cluster.server_with(1 << 24, settings);
     let ino = cluster.make("file");
-    server.opened(ino);
+    server.opened(ino, true);
+    server.claim(ino).await.unwrap();
     // On a runtime of one thread nothing runs in the background before the first wait.
     server.write(ino, 0, pattern(2, CELL as usize), false).now_or_never().unwrap().unwrap();
     cut(&server, ino, 0);

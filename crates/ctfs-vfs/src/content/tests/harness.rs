@@ -17,11 +17,13 @@ use ctfs_meta::{
     Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace,
 };
 use ctfs_types::{
-    Attr, CellSize, ChunkId, ExtentData, FileName, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp,
+    Attr, CellSize, ChunkId, ExtentData, FileName, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp,
 };
 use parking_lot::{Mutex, RwLock};
 
-use crate::{ChunkAccess, Content, ContentSettings, FsError, Metadata, Request, SpaceReport};
+use crate::{
+    ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, Pages, Request, SpaceReport, content::Around,
+};
 
 pub const CELL: u64 = 256 << 10;
 
@@ -178,7 +180,8 @@ impl Cluster {
 
     fn server_over(self: &Arc<Self>, tier: CacheTier, dir: tempfile::TempDir, settings: ContentSettings) -> Server {
         let access = Arc::new(Access { cluster: self.clone() });
-        let content = Arc::new(Content::new(access.clone(), access, tier, settings));
+        let around = Around { meta: access.clone(), chunks: access.clone(), holders: access, waits: Arc::default() };
+        let content = Arc::new(Content::new(around, tier, settings));
         self.servers.lock().push(Arc::downgrade(&content));
         Server { content, dir }
     }
@@ -193,6 +196,20 @@ impl Server {
     /// The directory that holds its cache directory, `tier`.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    // No kernel holds pages here.
+
+    pub async fn read(&self, ino: Ino, offset: u64, len: u32) -> Result<Bytes, FsError> {
+        self.content.read(ino, offset, len, Pages::Unlocked).await
+    }
+
+    pub async fn write(&self, ino: Ino, offset: u64, data: Bytes, drop_privileges: bool) -> Result<u32, FsError> {
+        self.content.write(ino, offset, data, drop_privileges, Pages::Unlocked).await
+    }
+
+    pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool) -> Result<u64, FsError> {
+        self.content.append(ino, data, drop_privileges, Pages::Unlocked).await
     }
 }
 
@@ -259,6 +276,18 @@ impl Metadata for Access {
 
     fn leased(&self) -> bool {
         true
+    }
+}
+
+/// All servers here are one to the namespace: none finds a file held by another.
+#[async_trait]
+impl Holders for Access {
+    async fn recall(&self, holder: Holder, _ino: Ino) -> Result<(), FsError> {
+        Err(FsError::HolderAway { node: holder.node, why: "there is one server only".to_owned() })
+    }
+
+    async fn peek(&self, holder: Holder, _ino: Ino) -> Result<Attr, FsError> {
+        Err(FsError::HolderAway { node: holder.node, why: "there is one server only".to_owned() })
     }
 }
 

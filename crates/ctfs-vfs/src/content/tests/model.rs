@@ -214,7 +214,7 @@ proptest! {
             // Small enough that reading evicts, and that half of it is filled by dirty bytes.
             let server = cluster.server(12 * CELL);
             let ino = cluster.make("file");
-            server.opened(ino);
+            server.opened(ino, true);
             let mut model = Model::default();
             for step in &steps {
                 run(&cluster, &server, ino, &mut model, step).await?;
@@ -239,10 +239,10 @@ proptest! {
             let mut model = Model::default();
             for (step, first) in &steps {
                 let server = &servers[usize::from(*first)];
-                server.opened(ino);
+                server.opened(ino, true);
                 run(&cluster, server, ino, &mut model, step).await?;
                 prop_assert_eq!(server.flush(ino).await, Ok(()));
-                server.closed(ino);
+                server.closed(ino, true);
                 check_all(&servers[usize::from(!*first)], ino, &model).await?;
             }
             check_all(&servers[0], ino, &model).await?;

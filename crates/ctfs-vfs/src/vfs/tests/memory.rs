@@ -18,8 +18,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{CacheTier, TierSettings};
 use ctfs_meta::{Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace};
-use ctfs_types::{ChunkId, Incarnation, LogIndex, NodeId, RequestId};
-use ctfs_vfs::{ChunkAccess, FsError, Metadata, Request, SpaceReport, Vfs, VfsSettings};
+use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId};
+use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport, Vfs, VfsSettings};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
@@ -37,6 +37,7 @@ pub struct Cluster {
     listeners: Mutex<Vec<Listener>>,
     told: Mutex<Vec<watch::Receiver<LogIndex>>>,
     chunks: Mutex<BTreeMap<ChunkId, Bytes>>,
+    servers: Mutex<BTreeMap<NodeId, (Weak<Vfs>, Arc<MemoryMeta>)>>,
 }
 
 impl Cluster {
@@ -49,6 +50,7 @@ impl Cluster {
             listeners: Mutex::default(),
             told: Mutex::default(),
             chunks: Mutex::default(),
+            servers: Mutex::default(),
         })
     }
 
@@ -71,7 +73,14 @@ impl Cluster {
             cut_off: AtomicBool::new(false),
         });
         let tier = CacheTier::open(TierSettings::new(dir.join(format!("tier-{node}")), 256 << 20)).unwrap();
-        let vfs = Vfs::new(meta.clone(), Arc::new(MemoryChunks(self.clone())), tier, settings);
+        let vfs = Vfs::new(
+            meta.clone(),
+            Arc::new(MemoryChunks(self.clone())),
+            Arc::new(MemoryHolders(Arc::downgrade(self))),
+            tier,
+            settings,
+        );
+        self.servers.lock().insert(NodeId(node), (Arc::downgrade(&vfs), meta.clone()));
         let told = vfs.clone();
         self.listen(Box::new(move |_, _, changes| told.changed(changes)));
         Server { vfs, meta }
@@ -124,7 +133,7 @@ impl Metadata for MemoryMeta {
     }
 
     fn incarnation(&self) -> Incarnation {
-        Incarnation(1)
+        Incarnation(self.node.0)
     }
 
     fn leased(&self) -> bool {
@@ -170,6 +179,45 @@ impl MemoryMeta {
             let _ = tokio::time::timeout(LEASE, told.wait_for(|told| *told >= index)).await;
         }
         Ok(verdict?)
+    }
+
+    async fn barrier(&self) -> Result<(), FsError> {
+        self.reach()
+    }
+
+    fn node(&self) -> NodeId {
+        self.node
+    }
+
+    fn incarnation(&self) -> Incarnation {
+        Incarnation(self.node.0)
+    }
+
+    fn leased(&self) -> bool {
+        self.leased.load(Ordering::SeqCst)
+    }
+}
+
+struct MemoryHolders(Weak<Cluster>);
+
+impl MemoryHolders {
+    fn reach(&self, holder: Holder) -> Result<Arc<Vfs>, FsError> {
+        let away = |why: &str| FsError::HolderAway { node: holder.node, why: why.to_owned() };
+        let cluster = self.0.upgrade().ok_or_else(|| away("the cluster is gone"))?;
+        let (vfs, meta) = cluster.servers.lock().get(&holder.node).cloned().ok_or_else(|| away("no such server"))?;
+        meta.reach()?;
+        vfs.upgrade().ok_or_else(|| away("it is down"))
+    }
+}
+
+#[async_trait]
+impl Holders for MemoryHolders {
+    async fn recall(&self, holder: Holder, ino: Ino) -> Result<(), FsError> {
+        self.reach(holder)?.give_up(ino).await
+    }
+
+    async fn peek(&self, holder: Holder, ino: Ino) -> Result<Attr, FsError> {
+        self.reach(holder)?.peek_here(ino).await
     }
 }
 

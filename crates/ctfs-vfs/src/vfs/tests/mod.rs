@@ -4,6 +4,7 @@
 pub mod memory;
 mod claims;
 mod locks;
+mod sharing;
 
 use std::sync::Arc;
 

@@ -1,0 +1,143 @@
+//! One file on several servers.
+
+use bytes::Bytes;
+use ctfs_types::FileUse;
+
+use super::*;
+
+async fn append(vfs: &Vfs, ino: Ino, handle: HandleId, bytes: &[u8]) {
+    let written = vfs.write(Caller::ROOT, ino, handle, 0, Bytes::copy_from_slice(bytes), false, false).await.unwrap();
+    assert_eq!(written as usize, bytes.len());
+}
+
+#[tokio::test]
+async fn every_read_sees_every_completed_write_on_whichever_server() {
+    let world = World::new(3);
+    let ino = file(world.vfs(0), ROOT, "f", b"start").await.ino;
+    let mut handles = Vec::new();
+    for server in 0..3 {
+        handles.push(open(world.vfs(server), ino, libc::O_RDWR).await);
+    }
+    // No flush, no close: a write that was answered is seen.
+    for round in 0..12u8 {
+        let writer = usize::from(round) % 3;
+        write(world.vfs(writer), ino, handles[writer], u64::from(round), &[b'a' + round]).await;
+        for reader in 0..3 {
+            let seen = read(world.vfs(reader), ino, handles[reader]).await;
+            assert_eq!(seen[usize::from(round)], b'a' + round, "round {round}, server {reader}");
+            assert_eq!(world.vfs(reader).getattr(ino).await.unwrap().size, u64::from(round).max(4) + 1);
+        }
+    }
+}
+
+#[tokio::test]
+async fn size_and_time_of_a_file_being_written_are_seen_everywhere_and_leave_it_to_its_writer() {
+    let world = World::new(2);
+    let (attr, opened) =
+        world.vfs(0).create(Caller::ROOT, ROOT, b"log", 0o644, 0, libc::O_WRONLY | libc::O_APPEND).await.unwrap();
+    for lines in 1..5u64 {
+        append(world.vfs(0), attr.ino, opened.handle, b"line\n").await;
+        let (here, there) =
+            (world.vfs(0).getattr(attr.ino).await.unwrap(), world.vfs(1).getattr(attr.ino).await.unwrap());
+        assert_eq!((there.size, there.mtime), (lines * 5, here.mtime));
+        assert!(!world.vfs(1).may_cache(&there), "its writer tells nobody of the next line");
+        assert!(matches!(there.usage, FileUse::Owned { .. }), "looking does not take it away");
+    }
+    assert_eq!(content(world.vfs(1), attr.ino).await, b"line\n".repeat(4));
+}
+
+#[tokio::test]
+async fn appends_of_several_servers_never_overlap() {
+    let world = World::new(3);
+    let ino = file(world.vfs(0), ROOT, "log", b"").await.ino;
+    let writers = (0..3usize).map(|server| {
+        let vfs = world.vfs(server).clone();
+        tokio::spawn(async move {
+            let handle = open(&vfs, ino, libc::O_WRONLY | libc::O_APPEND).await;
+            for line in 0..40 {
+                append(&vfs, ino, handle, format!("{server} {line:03}\n").as_bytes()).await;
+            }
+            vfs.flush(ino, handle, 1).await.unwrap();
+            vfs.release(handle).await;
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.unwrap();
+    }
+    for server in 0..3 {
+        let text = String::from_utf8(content(world.vfs(server), ino).await).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 120);
+        for writer in 0..3 {
+            let own: Vec<String> = lines.iter().filter(|line| line.starts_with(&writer.to_string())).map(|l| (*l).to_owned()).collect();
+            let expected: Vec<String> = (0..40).map(|line| format!("{writer} {line:03}")).collect();
+            assert_eq!(own, expected, "lines of one writer are whole and in order");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_opened_where_others_write_it_goes_direct_so_that_no_shared_mapping_is_possible() {
+    let world = World::new(2);
+    let (attr, first) = world.vfs(0).create(Caller::ROOT, ROOT, b"db", 0o644, 0, libc::O_RDWR).await.unwrap();
+    assert!(!first.direct);
+    write(world.vfs(0), attr.ino, first.handle, 0, b"page").await;
+    let newcomer = world.vfs(1).open(Caller::ROOT, attr.ino, libc::O_RDWR).await.unwrap();
+    assert!(newcomer.direct);
+    // Also one that could be mapped and was not written yet.
+    let ino = file(world.vfs(0), ROOT, "shm", b"x").await.ino;
+    open(world.vfs(0), ino, libc::O_RDWR).await;
+    assert!(world.vfs(1).open(Caller::ROOT, ino, libc::O_RDWR).await.unwrap().direct);
+}
+
+#[tokio::test]
+async fn a_file_that_is_closed_goes_back_to_everybody() {
+    let world = World::new(2);
+    let ino = file(world.vfs(0), ROOT, "f", b"one").await.ino;
+    // The next one does not find it shared.
+    let opened = world.vfs(1).open(Caller::ROOT, ino, libc::O_RDWR).await.unwrap();
+    assert!(!opened.direct);
+    write(world.vfs(1), ino, opened.handle, 0, b"two").await;
+    assert_eq!(content(world.vfs(0), ino).await, b"two");
+}
+
+#[tokio::test]
+async fn truncating_elsewhere_comes_after_every_completed_write() {
+    let world = World::new(2);
+    let (attr, opened) = world.vfs(0).create(Caller::ROOT, ROOT, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
+    write(world.vfs(0), attr.ino, opened.handle, 0, b"0123456789").await;
+    let set = crate::SetAttrRequest { size: Some(4), ..Default::default() };
+    assert_eq!(world.vfs(1).setattr(Caller::ROOT, attr.ino, set).await.unwrap().size, 4);
+    assert_eq!(read(world.vfs(0), attr.ino, opened.handle).await, b"0123");
+    write(world.vfs(0), attr.ino, opened.handle, 6, b"x").await;
+    assert_eq!(content(world.vfs(1), attr.ino).await, b"0123\0\0x");
+}
+
+#[tokio::test]
+async fn a_copy_from_a_file_being_written_has_every_completed_write() {
+    let world = World::new(2);
+    let (attr, opened) = world.vfs(0).create(Caller::ROOT, ROOT, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
+    let bytes = vec![7; 3 << 20];
+    write(world.vfs(0), attr.ino, opened.handle, 0, &bytes).await;
+    let (copy, target) = world.vfs(1).create(Caller::ROOT, ROOT, b"g", 0o644, 0, libc::O_RDWR).await.unwrap();
+    let source = open(world.vfs(1), attr.ino, libc::O_RDONLY).await;
+    let vfs = world.vfs(1);
+    let copied = vfs.copy_file_range((attr.ino, source, 0), (copy.ino, target.handle, 0), 3 << 20).await.unwrap();
+    assert_eq!(copied, 3 << 20);
+    assert_eq!(content(world.vfs(0), copy.ino).await.len(), 1 << 20, "as much as one read gives");
+    assert_eq!(world.vfs(0).getattr(copy.ino).await.unwrap().size, 3 << 20);
+}
+
+#[tokio::test]
+async fn a_holder_that_cannot_be_asked_is_waited_for_in_bounded_time() {
+    let mut settings = VfsSettings::default();
+    settings.content.holder_patience = std::time::Duration::from_millis(400);
+    let world = World::with(2, settings);
+    let (attr, opened) = world.vfs(0).create(Caller::ROOT, ROOT, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
+    write(world.vfs(0), attr.ino, opened.handle, 0, b"held").await;
+    world.servers[0].meta.cut_off();
+    let error = world.vfs(1).open(Caller::ROOT, attr.ino, libc::O_RDONLY).await.unwrap_err();
+    assert_eq!(error.errno(), libc::EIO);
+    let handle = open(world.vfs(1), file(world.vfs(1), ROOT, "other", b"fine").await.ino, libc::O_RDONLY).await;
+    world.vfs(1).release(handle).await;
+}
