@@ -164,6 +164,7 @@ fn values_are_checked_while_the_command_line_is_read() {
     ] {
         let output = ctfs(dir.path(), args);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).starts_with("error[E01") && stderr(&output).contains("\n  try   "), "{args:?}: {}", stderr(&output));
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use ctfs_node::admin::WirePath;
+use ctfs_node::{RTT_MAX, admin::WirePath};
 use ctfs_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +26,7 @@ pub struct Choices {
     pub copies: Option<Copies>,
     pub away_after: Option<Duration>,
     pub gc_grace: Option<Duration>,
+    pub rtt: Option<Rtt>,
     pub log_level: Option<String>,
     pub log_format: Option<LogFormat>,
 }
@@ -51,6 +52,7 @@ impl Choices {
             copies: self.copies.or(weaker.copies),
             away_after: self.away_after.or(weaker.away_after),
             gc_grace: self.gc_grace.or(weaker.gc_grace),
+            rtt: self.rtt.or(weaker.rtt),
             log_level: self.log_level.or(weaker.log_level),
             log_format: self.log_format.or(weaker.log_format),
         }
@@ -251,6 +253,46 @@ impl fmt::Display for Copies {
     }
 }
 
+/// The slowest round trip between the servers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Rtt {
+    /// As measured in the life before.
+    #[default]
+    Auto,
+    Known(Duration),
+}
+
+impl FromStr for Rtt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let limits = Duration::from_millis(1)..=RTT_MAX;
+        match (text, duration(text)) {
+            ("auto", _) => Ok(Self::Auto),
+            (_, Ok(rtt)) if limits.contains(&rtt) => Ok(Self::Known(rtt)),
+            _ => Err(format!("{text:?} is not a round trip; write auto, or 1ms to {}", humantime::format_duration(RTT_MAX))),
+        }
+    }
+}
+
+impl TryFrom<String> for Rtt {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Rtt> for String {
+    fn from(rtt: Rtt) -> Self {
+        match rtt {
+            Rtt::Auto => "auto".into(),
+            Rtt::Known(rtt) => humantime::format_duration(rtt).to_string(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
@@ -295,6 +337,16 @@ mod tests {
         }
         for bad in ["0%", "91%", "-1%", "lots", "%"] {
             assert!(bad.parse::<Share>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_round_trip_is_automatic_or_a_short_time_and_spells_itself() {
+        for text in ["auto", "80ms", "250ms"] {
+            assert_eq!(String::from(text.parse::<Rtt>().unwrap()), text);
+        }
+        for bad in ["0ms", "251ms", "2s", "80", "fast"] {
+            assert!(bad.parse::<Rtt>().is_err(), "{bad}");
         }
     }
 

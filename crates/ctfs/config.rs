@@ -19,7 +19,7 @@ use ctfs_node::{
 use serde::{Deserialize, Deserializer};
 use toml::de::{DeTable, DeValue};
 
-use crate::choices::{self, Choices, Copies, HostPort, Label, LogFormat, Share};
+use crate::choices::{self, Choices, Copies, HostPort, Label, LogFormat, Rtt, Share};
 
 /// Read when it exists and no other is named.
 pub const DEFAULT_PATH: &str = "/etc/ctfs/ctfs.toml";
@@ -33,6 +33,7 @@ pub const KEYS: &[(&str, &[&str])] = &[
     ("net", &["listen", "advertise"]),
     ("cache", &["dir", "size"]),
     ("data", &["copies", "capacity", "away_after", "gc_grace"]),
+    ("consensus", &["rtt"]),
     ("mount", &["path"]),
     ("log", &["level", "format"]),
 ];
@@ -179,6 +180,7 @@ struct File {
     net: NetSection,
     cache: CacheSection,
     data: DataSection,
+    consensus: ConsensusSection,
     mount: MountSection,
     log: LogSection,
 }
@@ -231,6 +233,13 @@ struct DataSection {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+struct ConsensusSection {
+    #[serde(deserialize_with = "text")]
+    rtt: Option<Rtt>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 struct MountSection {
     #[serde(deserialize_with = "directory")]
     path: Option<PathBuf>,
@@ -262,6 +271,7 @@ impl From<File> for Choices {
             copies: file.data.copies,
             away_after: file.data.away_after,
             gc_grace: file.data.gc_grace,
+            rtt: file.consensus.rtt,
             log_level: file.log.level,
             log_format: file.log.format,
         }
@@ -322,6 +332,8 @@ mod tests {
             capacity = "1TiB"
             away_after = "10m"
             gc_grace = "1h 30m"
+            [consensus]
+            rtt = "80ms"
             [mount]
             path = "/srv/data"
             [log]
@@ -340,6 +352,7 @@ mod tests {
         assert_eq!(choices.capacity, Some(Share::Bytes(ByteSize(1 << 40))));
         assert_eq!(choices.away_after, Some(Duration::from_secs(600)));
         assert_eq!(choices.gc_grace, Some(Duration::from_secs(5400)));
+        assert_eq!(choices.rtt, Some(Rtt::Known(Duration::from_millis(80))));
         assert_eq!(choices.mountpoint.unwrap().0, Path::new("/srv/data"));
         assert_eq!(choices.log_level.as_deref(), Some("debug"));
         assert_eq!(choices.log_format, Some(LogFormat::Json));
@@ -391,6 +404,7 @@ mod tests {
             ("[data]\naway_after = \"soon\"\n", 2, "not a time"),
             ("[net]\nlisten = \"7420\"\n", 2, "socket address"),
             ("[net]\nadvertise = \"here\"\n", 2, "HOST:PORT"),
+            ("[consensus]\nrtt = \"2s\"\n", 2, "not a round trip"),
             ("[mount]\npath = \"srv\"\n", 2, "absolute"),
             ("[log]\nformat = \"xml\"\n", 2, "log format"),
             ("[node\n", 1, ""),

@@ -1,8 +1,9 @@
 //! How problems look on a terminal.
 
-use std::path::Path;
+use std::{ffi::OsString, path::Path};
 
-use ctfs_node::problem::Problem;
+use clap::CommandFactory;
+use ctfs_node::problem::{Code, Problem};
 
 use crate::{Context, STATE_DEFAULT};
 
@@ -22,20 +23,85 @@ pub fn render(problem: &Problem, context: &Context) -> String {
     text
 }
 
-/// A command to type, with the state directory where it is not the usual one.
+/// Words that say that a command is for another server than this one.
+const ELSEWHERE: &[&str] = &["on a server of the cluster", "on the other server", "on that server", "on one of them", "on each"];
+
+/// A step with the state directory in each command that is for this server, where it is not the
+/// usual one.
 pub fn spelled(step: &str, state: &Path) -> String {
     let usual = state == Path::new(STATE_DEFAULT) || std::env::var_os("CTFS_STATE").is_some_and(|dir| dir == state.as_os_str());
-    match step.strip_prefix("ctfs ") {
-        Some(rest) if !usual && !rest.starts_with("--state") => format!("ctfs --state {} {rest}", state.display()),
-        _ => step.to_owned(),
+    if usual { step.to_owned() } else { with_state(step, state) }
+}
+
+fn with_state(step: &str, state: &Path) -> String {
+    let clause = |clause: &str| {
+        if ELSEWHERE.iter().any(|words| clause.contains(words)) {
+            return clause.to_owned();
+        }
+        let mut text = String::new();
+        let mut rest = clause;
+        while let Some(at) = rest.find("ctfs ") {
+            let (before, after) = (&rest[..at], &rest[at + "ctfs ".len()..]);
+            let begins = before.is_empty() || before.ends_with([' ', '(']);
+            let verb: String = after.chars().take_while(|c| c.is_ascii_lowercase()).collect();
+            text += before;
+            text += "ctfs ";
+            if begins && is_verb(&verb) {
+                text += &format!("--state {} ", state.display());
+            }
+            rest = after;
+        }
+        text + rest
+    };
+    step.split(';').map(clause).collect::<Vec<_>>().join(";")
+}
+
+fn is_verb(word: &str) -> bool {
+    crate::Cli::command().find_subcommand(word).is_some()
+}
+
+/// The problem with a command line that clap does not take, in the shape of all others.
+///
+/// clap says it as text: a sentence, more of it on lines that are set in, tips, the usage.
+pub fn usage(error: &clap::Error, args: impl Iterator<Item = OsString>) -> Problem {
+    let text = error.render().to_string();
+    let mut parts = text.split("\n\n").map(str::trim);
+    let first = parts.next().unwrap_or_default();
+    let mut lines = first.strip_prefix("error: ").unwrap_or(first).lines().map(str::trim);
+    let sentence = lines.next().unwrap_or("the command line is not understood").trim_end_matches(':');
+    // `invalid value 'x' for '--size <SIZE>': what is wrong with it`
+    let (what, reason) = sentence.split_once("': ").map_or((sentence.to_owned(), ""), |(what, why)| (format!("{what}'"), why));
+    let details = lines.map(|line| line.trim_matches(['[', ']']).to_owned()).filter(|line| !line.is_empty());
+    let why: Vec<String> = Some(reason.to_owned()).filter(|reason| !reason.is_empty()).into_iter().chain(details).collect();
+    let mut problem = Problem::new(Code::CommandLine, what).why(why.join("\n"));
+    for part in parts {
+        for tip in part.lines().filter_map(|line| line.trim().strip_prefix("tip: ")) {
+            problem = problem.try_next(tip);
+        }
+        if let Some(usage) = part.strip_prefix("Usage: ") {
+            problem = problem.try_next(usage.lines().next().unwrap_or_default());
+        }
     }
+    problem.try_next(format!("{} --help", verb_of(args)))
+}
+
+/// `ctfs node remove` of whatever was typed.
+fn verb_of(args: impl Iterator<Item = OsString>) -> String {
+    let (mut command, mut text) = (crate::Cli::command(), "ctfs".to_owned());
+    for arg in args.skip(1) {
+        let Some(name) = arg.to_str() else { continue };
+        let Some(verb) = command.find_subcommand(name).filter(|verb| !verb.is_hide_set()).cloned() else { continue };
+        text += &format!(" {}", verb.get_name());
+        command = verb;
+    }
+    text
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
 
-    use ctfs_node::problem::{Code, exit};
+    use ctfs_node::problem::exit;
 
     use super::*;
     use crate::ui::Ui;
@@ -60,6 +126,54 @@ mod tests {
     fn a_next_step_names_the_state_directory_when_it_is_not_the_usual_one() {
         let text = render(&Problem::no_quorum("x"), &context("/tmp/b"));
         assert!(text.contains("try   ctfs --state /tmp/b status"), "{text}");
+    }
+
+    #[test]
+    fn every_command_for_this_server_names_its_state_directory_and_none_for_another_does() {
+        let state = Path::new("/s");
+        for (step, expected) in [
+            ("ctfs status", "ctfs --state /s status"),
+            ("restart it: ctfs down, then ctfs up", "restart it: ctfs --state /s down, then ctfs --state /s up"),
+            ("ctfs status    shows how far copying is", "ctfs --state /s status    shows how far copying is"),
+            ("sudo ctfs up /srv/data", "sudo ctfs --state /s up /srv/data"),
+            ("wait; sooner: ctfs node remove b", "wait; sooner: ctfs --state /s node remove b"),
+            ("on that server: ctfs down, then ctfs up; or here: ctfs node remove b", "on that server: ctfs down, then ctfs up; or here: ctfs --state /s node remove b"),
+            ("on a server of the cluster: ctfs token", "on a server of the cluster: ctfs token"),
+            ("bring them back (ctfs up on each), or wait", "bring them back (ctfs up on each), or wait"),
+            ("if its state is elsewhere: ctfs --state DIR ...", "if its state is elsewhere: ctfs --state DIR ..."),
+            ("a token begins with ctfs1-; ctfs is a program", "a token begins with ctfs1-; ctfs is a program"),
+        ] {
+            assert_eq!(with_state(step, state), expected);
+        }
+    }
+
+    fn refused(line: &str) -> Problem {
+        use clap::Parser;
+        let args = || line.split(' ').map(OsString::from);
+        usage(&crate::Cli::try_parse_from(args()).unwrap_err(), args())
+    }
+
+    #[test]
+    fn a_command_line_that_is_not_understood_has_a_number_a_reason_and_what_to_type() {
+        let verb = refused("ctfs statsu");
+        assert_eq!((verb.code.as_str(), verb.exit, verb.what.as_str()), ("E0135", 2, "unrecognized subcommand 'statsu'"));
+        assert!(verb.try_next[0].contains("'status'"), "{verb:?}");
+
+        let option = refused("ctfs up /x --cache-siz 1GiB");
+        assert_eq!(option.what, "unexpected argument '--cache-siz' found");
+        assert!(option.try_next[0].contains("'--cache-size'"), "{option:?}");
+        assert_eq!(option.try_next.last().unwrap(), "ctfs up --help");
+
+        let value = refused("ctfs up /x --cache-size lots");
+        assert_eq!(value.what, "invalid value 'lots' for '--cache-size <SIZE>'");
+        assert!(value.why.contains("not a size"), "{value:?}");
+
+        let choice = refused("ctfs status --wait well");
+        assert!(choice.why.contains("possible values: healthy, available"), "{choice:?}");
+
+        let missing = refused("ctfs node remove");
+        assert!(missing.what.contains("required") && missing.why.contains("<NAME>"), "{missing:?}");
+        assert_eq!(missing.try_next.last().unwrap(), "ctfs node remove --help");
     }
 
     #[test]

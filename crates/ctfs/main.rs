@@ -96,7 +96,10 @@ pub struct Context {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_understood(&error),
+    };
     let ui = ui::Ui::new(cli.no_color);
     let state = std::path::absolute(&cli.state).unwrap_or(cli.state);
     let context = Context { state, ui };
@@ -125,6 +128,19 @@ fn main() -> ExitCode {
             ExitCode::from(problem.exit)
         }
     }
+}
+
+/// Help that was asked for, or what is wrong with the command line.
+fn not_understood(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind;
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand) {
+        error.exit();
+    }
+    let ui = ui::Ui::new(std::env::args_os().any(|arg| arg == "--no-color"));
+    let context = Context { state: STATE_DEFAULT.into(), ui };
+    let problem = errors::usage(error, std::env::args_os());
+    ui.talk(&errors::render(&problem, &context));
+    ExitCode::from(problem.exit)
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ use ctfs_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    choices::{Choices, Copies, HostPort, Label, LogFormat, Share},
+    choices::{Choices, Copies, HostPort, Label, LogFormat, Rtt, Share},
     mounts,
 };
 
@@ -197,6 +197,7 @@ impl Plan {
             copies: Some(merged.copies.unwrap_or_default()),
             away_after: Some(merged.away_after.unwrap_or(AWAY_AFTER_DEFAULT)),
             gc_grace: Some(gc_grace),
+            rtt: Some(merged.rtt.unwrap_or_default()),
             log_level: merged.log_level,
             log_format: merged.log_format,
         };
@@ -246,6 +247,10 @@ impl Plan {
             copies: chosen.copies.unwrap_or_default().number(),
             away_after: chosen.away_after.unwrap_or(AWAY_AFTER_DEFAULT),
             gc_grace: chosen.gc_grace.unwrap_or(GC_GRACE_DEFAULT),
+            rtt: match chosen.rtt.unwrap_or_default() {
+                Rtt::Auto => None,
+                Rtt::Known(rtt) => Some(rtt),
+            },
             join,
             threads: std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16),
         })
@@ -253,7 +258,10 @@ impl Plan {
 }
 
 /// Refuses choices that contradict what this server is known by.
-fn fixed(state: &Path, asked: &Choices, known: &Choices) -> Result<(), Problem> {
+///
+/// # Errors
+/// E0121.
+pub fn fixed(state: &Path, asked: &Choices, known: &Choices) -> Result<(), Problem> {
     for (what, asked, known) in [("name", &asked.name, &known.name), ("zone", &asked.zone, &known.zone)] {
         if let (Some(asked), Some(known)) = (asked, known)
             && asked != known

@@ -15,9 +15,8 @@ fn up(cluster: &Cluster, args: &str) -> (i32, String) {
 fn each_bad_input_gives_one_clear_error_and_loses_nothing() {
     let cluster = Cluster::start("input", 1);
     fs::write(cluster.mnt(1).join("kept"), "kept").unwrap();
-    let scratch = tempfile::tempdir_in("/var/tmp").unwrap();
-    let (dir, state) = (scratch.path().join("mnt"), scratch.path().join("state"));
-    fs::create_dir(&dir).unwrap();
+    let scratch = cluster.beside("scratch");
+    let (dir, state) = (scratch.join("mnt"), scratch.join("state"));
     let (dir_s, state_s) = (dir.display(), state.display());
     let own = cluster.json(1, &["status"])["servers"][0]["addresses"][0].as_str().unwrap().to_owned();
     let host = own.rsplit_once(':').unwrap().0.to_owned();
@@ -29,7 +28,7 @@ fn each_bad_input_gives_one_clear_error_and_loses_nothing() {
     mistyped.push(last);
     let mut cases: Vec<(&str, String, &str)> = vec![
         ("not a directory", format!("up {CTFS} --state {state_s}"), "E0101"),
-        ("not empty", format!("up {} --state {state_s}", scratch.path().display()), "E0102"),
+        ("not empty", format!("up {} --state {state_s}", scratch.display()), "E0102"),
         ("already mounted", format!("up {} --state {state_s}", cluster.mnt(1).display()), "E0103"),
         ("port in use", format!("up {dir_s} --state {state_s} --listen {own}"), "E0104"),
         ("mistyped token", format!("up {dir_s} --state {state_s} --listen {host}:7555 --join {mistyped}"), "E0110"),
@@ -44,7 +43,7 @@ fn each_bad_input_gives_one_clear_error_and_loses_nothing() {
         assert!(said.contains(&format!("error[{code}]")), "{case}: {said}");
         assert!(said.contains("  try   "), "{case} says no next step: {said}");
     }
-    let config = scratch.path().join("bad.toml");
+    let config = scratch.join("bad.toml");
     fs::write(&config, "[cache]\nsizee = \"1GiB\"\n").unwrap();
     let (exit, said) = up(&cluster, &format!("up {dir_s} --state {state_s} --config {}", config.display()));
     assert_eq!(exit, 2, "{said}");
@@ -62,12 +61,8 @@ fn a_used_token_and_a_foreign_cluster_are_refused() {
     let token = cluster.json(1, &["token"])["token"].as_str().unwrap().to_owned();
     let own = cluster.json(1, &["status"])["servers"][0]["addresses"][0].as_str().unwrap().to_owned();
     let host = own.rsplit_once(':').unwrap().0;
-    let scratch = tempfile::tempdir_in("/var/tmp").unwrap();
-    let place = |name: &str| {
-        let dir = scratch.path().join(name);
-        fs::create_dir_all(dir.join("mnt")).unwrap();
-        format!("up {0}/mnt --state {0}/state --name {name} --cache-size 64MiB", dir.display())
-    };
+    let place = |name: &str| format!("up {0}/mnt --state {0}/state --name {name} --cache-size 64MiB", cluster.beside(name).display());
+    let down = |name: &str| format!("--state {}/state down", cluster.beside(name).display());
     let (exit, said) = up(&cluster, &format!("{} --listen {host}:7501 --join {token}", place("one")));
     assert_eq!(exit, 0, "{said}");
     let (exit, said) = up(&cluster, &format!("{} --listen {host}:7502 --join {token}", place("two")));
@@ -76,13 +71,21 @@ fn a_used_token_and_a_foreign_cluster_are_refused() {
 
     let (exit, said) = up(&cluster, &format!("{} --listen {host}:7503", place("lone")));
     assert_eq!(exit, 0, "{said}");
-    let (exit, said) = up(&cluster, &format!("--state {0}/lone/state down && {CTFS} {1} --listen {host}:7503 --join {token}", scratch.path().display(), place("lone")));
+    let (exit, said) = up(&cluster, &format!("{} && {CTFS} {} --listen {host}:7503 --join {token}", down("lone"), place("lone")));
     assert_ne!(exit, 0, "{said}");
     assert!(said.contains("E0106"), "{said}");
-    for name in ["one", "lone"] {
-        let (_, said) = up(&cluster, &format!("--state {}/{name}/state down", scratch.path().display()));
-        assert!(!said.contains("error[E01") || said.contains("E0117"), "{said}");
-    }
+
+    // The same line again, as an impatient operator types it.
+    let again = format!("{} --listen {host}:7501 --join {token}", place("one"));
+    let (exit, said) = up(&cluster, &again);
+    assert_eq!(exit, 0, "{said}");
+    assert!(said.contains("already up") && said.contains("it is a member already"), "{said}");
+    let (exit, said) = up(&cluster, &format!("{} && {CTFS} {again}", down("one")));
+    assert_eq!(exit, 0, "{said}");
+    assert!(said.contains("was already a member") && !said.contains("created"), "{said}");
+    let (exit, said) = up(&cluster, &format!("{again} --zone elsewhere"));
+    assert_eq!(exit, 2, "{said}");
+    assert!(said.contains("E0121") && said.contains("join as a new server"), "{said}");
 }
 
 #[test]
@@ -90,10 +93,8 @@ fn a_join_that_was_killed_is_finished_by_the_same_command() {
     let cluster = Cluster::start("join-killed", 1);
     let own = cluster.json(1, &["status"])["servers"][0]["addresses"][0].as_str().unwrap().to_owned();
     let host = own.rsplit_once(':').unwrap().0;
-    let scratch = tempfile::tempdir_in("/var/tmp").unwrap();
     for (n, after) in ["0.03", "0.1", "0.2"].into_iter().enumerate() {
-        let dir = scratch.path().join(n.to_string());
-        fs::create_dir_all(dir.join("mnt")).unwrap();
+        let dir = cluster.beside(&n.to_string());
         let token = cluster.json(1, &["token"])["token"].as_str().unwrap().to_owned();
         let join = format!(
             "up {0}/mnt --state {0}/state --name j{n} --cache-size 64MiB --listen {host}:{1} --join {token}",

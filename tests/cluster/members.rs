@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use crate::support::{Cluster, noise, wait_for, write_synced};
+use crate::support::{CTFS, Cluster, noise, text, wait_for, write_synced};
 
 #[test]
 fn a_removed_servers_chunks_are_made_again_and_a_new_server_takes_its_place() {
@@ -68,4 +68,46 @@ fn a_server_that_stays_away_is_replaced_and_taken_back() {
     for (name, bytes) in &files {
         assert!(fs::read(cluster.mnt(4).join(name)).unwrap() == *bytes, "{name}");
     }
+}
+
+#[test]
+fn servers_that_never_came_up_or_that_ask_themselves_are_removed_and_followers_let_others_in() {
+    let cluster = Cluster::start("leave", 3);
+    write_synced(&cluster.mnt(1).join("kept"), b"kept").unwrap();
+    let names = |from: usize| -> Vec<String> {
+        let nodes = cluster.json(from, &["nodes"]);
+        let mut names: Vec<String> = nodes["servers"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    // A token of a follower names that follower's address only.
+    let follower = if cluster.leader(1) == 2 { 3 } else { 2 };
+    let joined = cluster.script(&["add", &follower.to_string()]);
+    assert!(joined.contains("joined"), "{joined}");
+    assert_eq!(names(1), ["s1", "s2", "s3", "s4"]);
+
+    // Dead before it could ever vote: it lacks most of the log, and everybody would wait for it.
+    let nodes = cluster.json(1, &["nodes"]);
+    let own = nodes["servers"].as_array().unwrap().iter().find(|server| server["name"] == "s1").unwrap();
+    let host = own["addresses"][0].as_str().unwrap().rsplit_once(':').unwrap().0.to_owned();
+    let dir = cluster.beside("dead").display().to_string();
+    let token = cluster.json(1, &["token"])["token"].as_str().unwrap().to_owned();
+    let up = format!("env -u CTFS_STATE {CTFS} up {dir}/mnt --state {dir}/state --name dead --cache-size 64MiB --listen {host}:7601 --join {token} --foreground");
+    cluster.sh(1, &format!("{up} >/dev/null 2>&1 & p=$!; until {CTFS} nodes | grep -qw dead; do sleep 0.01; done; kill -KILL $p; wait $p || true"));
+    let removed = cluster.ctfs(1, &["node", "remove", "dead", "--yes"]);
+    assert!(removed.contains("removed dead"), "{removed}");
+
+    // Asked on the server itself: first a follower, then the leader.
+    let leader = cluster.leader(1);
+    let [follower, stays] = [1, 2, 3, 4].into_iter().filter(|&n| n != leader).take(2).collect::<Vec<_>>()[..] else { unreachable!() };
+    for leaver in [follower, leader] {
+        let name = format!("s{leaver}");
+        let removed = cluster.ctfs(leaver, &["node", "remove", &name, "--yes"]);
+        assert!(removed.contains(&format!("removed {name}")) && removed.contains("ctfs down"), "{removed}");
+        assert!(!names(stays).contains(&name), "{:?}", names(stays));
+        let status = cluster.try_ctfs(leaver, &["status"]);
+        assert!(text(&status.stderr).contains("E0114"), "{}", text(&status.stderr));
+    }
+    cluster.wait_healthy(stays);
+    assert_eq!(fs::read_to_string(cluster.mnt(stays).join("kept")).unwrap(), "kept");
 }

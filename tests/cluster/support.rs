@@ -109,6 +109,14 @@ impl Cluster {
         })
     }
 
+    /// Directory for the state and mount of a server started by hand, which goes with the cluster
+    /// whatever happens to the test.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        let dir = self.dir.join("beside").join(name);
+        fs::create_dir_all(dir.join("mnt")).expect("make a directory beside the servers");
+        dir
+    }
+
     /// Number of the server that leads now, as `server` sees it.
     pub fn leader(&self, server: usize) -> usize {
         wait_for("a leader", Duration::from_secs(15), || {

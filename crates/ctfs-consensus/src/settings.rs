@@ -61,18 +61,29 @@ pub struct Timings {
 }
 
 impl Timings {
-    /// Timings for servers whose slowest round trip is `rtt_max`.
+    /// Longest round trip timings are made for; beyond it leases would lapse between renewals.
+    pub const RTT_MAX: Duration = Duration::from_millis(250);
+
+    /// Timings for servers whose slowest round trip is `rtt`, at most [`Self::RTT_MAX`].
     ///
     /// openraft 0.9 has no pre-vote, so elections must not be started by mere delay: at least
     /// ten round trips. At 150 ms that is 1.5 s, and detection takes 4 to 5 s instead of 2.
-    pub fn for_rtt(rtt_max: Duration) -> Self {
-        let lan = Self::default();
-        let election_min = lan.election_min.max(rtt_max * 10);
+    ///
+    /// Leases last equally long whatever the round trip, because servers may run with different
+    /// timings and a new leader waits for those of the old one; they are renewed earlier, so that
+    /// the next one is there in time.
+    pub fn for_rtt(rtt: Duration) -> Self {
+        let (lan, rtt) = (Self::default(), rtt.min(Self::RTT_MAX));
+        let election_min = lan.election_min.max(rtt * 10);
+        let election_max = lan.election_max.max(election_min * 5 / 3);
         Self {
-            heartbeat: lan.heartbeat.max(rtt_max * 3),
+            heartbeat: lan.heartbeat.max(rtt * 2),
             election_min,
-            election_max: lan.election_max.max(election_min * 5 / 3),
-            install_snapshot: lan.install_snapshot + rtt_max * 10,
+            election_max,
+            install_snapshot: lan.install_snapshot + rtt * 10,
+            renew: lan.renew - rtt * 2,
+            // An election takes up to twice `election_max`; what waits for it should not fail.
+            propose_deadline: lan.propose_deadline.max(election_max * 2 + lan.lease),
             ..lan
         }
     }
@@ -166,8 +177,21 @@ mod tests {
         let wan = Timings::for_rtt(Duration::from_millis(150));
         assert!(wan.election_min >= Duration::from_millis(1500));
         assert!(wan.election_max > wan.election_min && wan.election_min > wan.heartbeat);
+        assert!(wan.propose_deadline > wan.election_max * 2);
         let lan = Timings::for_rtt(Duration::from_millis(1));
         assert_eq!(lan.election_min, Timings::default().election_min);
+    }
+
+    #[test]
+    fn a_lease_lasts_until_the_next_one_at_every_distance() {
+        for rtt in [0, 1, 80, 150, 250, 9000].map(Duration::from_millis) {
+            let (timings, rtt) = (Timings::for_rtt(rtt), rtt.min(Timings::RTT_MAX));
+            // A grant counts from the last heartbeat a quorum acknowledged, and openraft sends
+            // one every 1.5 heartbeats.
+            let granted = timings.lease_used - (timings.heartbeat * 3 / 2 + rtt);
+            assert!(granted >= timings.renew + rtt * 2, "{rtt:?}: {timings:?}");
+            assert!(timings.renew > rtt, "{rtt:?}: the answer comes before the question is asked anew");
+        }
     }
 
     #[test]

@@ -10,12 +10,12 @@ use ctfs_types::{Attr, ByteSize, ChunkId, ExtentData, FileKind, FileName, Ino, N
 use crate::{
     admin::{
         AdminHandler, CELLS_SHOWN_MAX, CacheDropReport, CacheReport, CachedAs, CellKind, CellReport, ChunksReport, DfReport, DfServer,
-        DoneReport, HolderReport, InfoReport, JobReport, MountReport, NodesReport, PingReport, PolicyReport, Request, Response,
-        ServerReport, ServerRole, ServerState, StatusReport, TokenReport, Verdict, WirePath,
+        DoneReport, HolderReport, InfoReport, JobReport, MountReport, NodesReport, PingReport, PolicyReport, Request, Response, Room,
+        ServerReport, ServerRole, ServerState, StatusReport, TokenReport, WirePath,
     },
     node::{Node, placement_of},
     problem::{Code, Problem},
-    services::Heard,
+    verdict::{Judgement, Seen, judge},
 };
 
 /// The handler holds the node weakly: the socket must not keep a stopped node alive.
@@ -100,29 +100,22 @@ impl Node {
         }
     }
 
+    /// The member list; when the metadata can no longer be read, as it was last known.
     fn members(&self) -> Result<Vec<Member>, Problem> {
-        self.consensus.replica().read().members().map_err(store)
-    }
-
-    /// Whether a peer answers now, and for how many seconds it has not.
-    fn alive(&self, node: NodeId) -> (bool, Option<u64>) {
-        if node == self.id || self.network.peer(node).connected {
-            return (true, Some(0));
-        }
-        match self.services.heard(node) {
-            Some(Heard::LostAt(at)) => (false, Some(at.elapsed().as_secs())),
-            Some(Heard::Connected) => (false, Some(0)),
-            None => (false, None),
+        match self.consensus.replica().read().members() {
+            Err(_) if self.consensus.status().stopped.is_some() => Ok(self.state.peers()),
+            members => members.map_err(store),
         }
     }
 
     pub(crate) fn servers(&self) -> Result<Vec<ServerReport>, Problem> {
         let status = self.consensus.status();
         let report = |member: Member| {
-            let (alive, heard) = self.alive(member.node);
+            let pulse = self.membership.pulse(member.node);
+            let alive = pulse.up;
             let peer = self.network.peer(member.node);
             let own = member.node == self.id;
-            let figures = if own { Some(self.figures.local()) } else { self.figures.of(member.node).map(|(_, figures)| figures) };
+            let figures = self.figures.latest(member.node);
             let state = match (alive, member.state) {
                 _ if own => ServerState::Up,
                 (_, MemberState::Away) => ServerState::Away,
@@ -154,8 +147,12 @@ impl Node {
                 store_used: size(|f| f.store_used),
                 store_capacity: size(|f| f.store_capacity),
                 chunks: figures.as_ref().map(|f| f.chunks),
+                store_refused: figures.as_ref().filter(|_| alive).map_or(0, |f| f.refused),
+                store_failed: figures.as_ref().filter(|_| alive).and_then(|f| f.store_failed.clone()),
+                stopped: self.figures.stopped(member.node).filter(|_| alive),
+                room: figures.as_ref().filter(|_| alive).map_or(Room::Enough, |f| f.room),
                 version: figures.as_ref().map_or(member.version, |f| f.version.clone()),
-                last_heard_secs: heard,
+                last_heard_secs: pulse.silent_for.map(|silent| silent.as_secs()),
                 lag: figures.as_ref().map(|f| newest.saturating_sub(f.applied)).filter(|_| alive),
                 name: member.name,
             }
@@ -171,16 +168,28 @@ impl Node {
         let consensus = self.consensus.status();
         let members = self.members()?;
         let name_of = |node: NodeId| members.iter().find(|m| m.node == node).map(|m| m.name.clone());
-        let totals = self.consensus.replica().read().totals(Ino::ROOT).map_err(store)?.unwrap_or_default();
+        let totals = match self.consensus.replica().read().totals(Ino::ROOT) {
+            // The verdict says why; it must not be missing because of a count.
+            Err(_) if consensus.stopped.is_some() => None,
+            totals => totals.map_err(store)?,
+        };
+        let totals = totals.unwrap_or_default();
         let cache = self.vfs.content().usage();
         let chunks = self.chunk_counts(&servers)?;
-        let (verdict, summary, why, action) = self.judge(&servers, &consensus, &chunks);
+        let Judgement { verdict, summary, why, action } = judge(&Seen {
+            this_node: &self.settings.name,
+            servers: &servers,
+            chunks: &chunks,
+            majority: consensus.leader.is_some() && consensus.leased,
+            voters: consensus.voters.len(),
+            away_after: self.settings.away_after,
+        });
         let repair = self.repair.progress();
         let mut jobs = Vec::new();
         if repair.walking.load(Relaxed) || chunks.below_policy > 0 {
             jobs.push(JobReport {
                 name: "repair".into(),
-                detail: format!("{} chunks copied here since start, {} to go", repair.fetched.load(Relaxed), self.repair.missing()),
+                detail: format!("{} chunks copied here since start, {} to go", repair.fetched.load(Relaxed), self.repair.walked().missing),
                 done: repair.walked.load(Relaxed),
                 total: repair.total.load(Relaxed),
             });
@@ -219,7 +228,7 @@ impl Node {
     /// Chunks of the volume and how many the servers say they still lack.
     fn chunk_counts(&self, servers: &[ServerReport]) -> Result<ChunksReport, Problem> {
         let total = self.consensus.replica().read().chunk_count();
-        let mut below = self.repair.missing();
+        let mut below = self.repair.walked().missing;
         let members = self.members()?;
         for member in members.iter().filter(|m| m.node != self.id) {
             below += self.figures.of(member.node).map_or(0, |(_, figures)| figures.missing);
@@ -227,66 +236,6 @@ impl Node {
         // A server that is down and still counted on holds copies nobody can read now.
         let down = servers.iter().filter(|s| s.state == ServerState::Down).filter_map(|s| s.chunks).max().unwrap_or(0);
         Ok(ChunksReport { total, below_policy: below.max(down).min(total), lost: 0 })
-    }
-
-    /// The verdict, in a sentence; why; and what to do.
-    fn judge(
-        &self,
-        servers: &[ServerReport],
-        consensus: &ctfs_consensus::ConsensusStatus,
-        chunks: &ChunksReport,
-    ) -> (Verdict, String, Vec<String>, Vec<String>) {
-        let (mut why, mut action) = (Vec::new(), Vec::new());
-        let alive = servers.iter().filter(|s| s.state == ServerState::Up).count();
-        let mut verdict = Verdict::Healthy;
-        for server in servers.iter().filter(|s| s.state != ServerState::Up) {
-            verdict = Verdict::Degraded;
-            let since = match server.last_heard_secs {
-                Some(seconds) => format!("for {}", humanly(seconds)),
-                None => "since this server started".to_owned(),
-            };
-            why.push(format!("{} ({}) unreachable {since}", server.name, server.zone));
-            match server.state {
-                ServerState::Down => {
-                    let left = self.settings.away_after.as_secs().saturating_sub(server.last_heard_secs.unwrap_or(0));
-                    action.push(format!(
-                        "none needed: if {} stays away its copies are re-made elsewhere in {}; sooner: ctfs node remove {}",
-                        server.name,
-                        humanly(left),
-                        server.name
-                    ));
-                }
-                _ => action.push(format!(
-                    "its copies are being kept elsewhere; if it is gone for good: ctfs node remove {}",
-                    server.name
-                )),
-            }
-        }
-        if chunks.below_policy > 0 && verdict == Verdict::Healthy {
-            verdict = Verdict::Degraded;
-            why.push(format!("{} chunks have fewer copies than their policy asks for; they are being copied", chunks.below_policy));
-            action.push("none needed: wait for the repair job".into());
-        }
-        if consensus.leader.is_none() || !consensus.leased {
-            let voting = consensus.voters.len();
-            let answering = servers.iter().filter(|s| s.state == ServerState::Up && s.role != ServerRole::Learner).count();
-            verdict = Verdict::Unavailable;
-            why.insert(0, format!("no majority of the {voting} voting servers agrees now ({answering} answer): files can be neither read nor changed"));
-            // Neither waiting for copies nor removing anybody works without a majority.
-            action = vec!["bring the unreachable servers back (ctfs up on each), or wait some seconds for an election".into()];
-        }
-        let state = match verdict {
-            Verdict::Healthy | Verdict::Degraded => "all data readable and writable",
-            Verdict::Unavailable => "files cannot be used",
-        };
-        if verdict == Verdict::Healthy {
-            match servers.len() {
-                1 => action.push("1 server = 1 copy: losing this disk loses the data; ctfs token prints the line for the next server".into()),
-                2 => action.push("2 servers = 2 copies, but the loss of either stops writing; add a third: ctfs token".into()),
-                _ => {}
-            }
-        }
-        (verdict, format!("{alive} of {} servers alive, {state}", servers.len()), why, action)
     }
 
     async fn token(&self, ttl_secs: u64, uses: u32) -> Result<TokenReport, Problem> {
@@ -309,12 +258,22 @@ impl Node {
             .iter()
             .find(|m| m.name == name || m.node.to_string() == name)
             .ok_or_else(|| Problem::no_such_server(name))?;
-        let alive = members.iter().filter(|m| m.node != member.node && self.alive(m.node).0).count();
+        let alive = members.iter().filter(|m| m.node != member.node && self.membership.pulse(m.node).up).count();
         if alive == 0 && members.len() > 1 {
             return Err(Problem::no_quorum("no other server answers"));
         }
+        let own = member.node == self.id;
+        if own && !force {
+            // What was written here and is on no store yet would go with it.
+            self.write_back().await?;
+        }
         self.membership.remove(member.node, force).await?;
         let mut notes = Vec::new();
+        if own {
+            self.end(Problem::removed());
+            notes.push("this was the server itself: its files can no longer be used here; stop it: ctfs down".to_owned());
+            notes.push("to come back as a new server: move the state directory away and join with a new token".to_owned());
+        }
         if force {
             notes.push("what only it held is lost; ctfs status shows what is copied from the others".to_owned());
         }
@@ -534,14 +493,5 @@ fn kind_name(kind: FileKind) -> &'static str {
         FileKind::Socket => "socket",
         FileKind::CharDevice => "character device",
         FileKind::BlockDevice => "block device",
-    }
-}
-
-/// `4 min 12 s`
-fn humanly(seconds: u64) -> String {
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
-        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
     }
 }

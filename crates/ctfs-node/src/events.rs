@@ -1,7 +1,10 @@
 //! What happens when the replica moves: kernel caches, lock waiters, repair and the member list
 //! are told, and how far the kernel was told is reported back.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use ctfs_consensus::Observer;
 use ctfs_fuse::Notifier;
@@ -23,7 +26,10 @@ pub struct Events {
     repair: OnceLock<Arc<Repair>>,
     notifier: Mutex<Option<Notifier>>,
     invalidated: watch::Sender<LogIndex>,
-    members: watch::Sender<u64>,
+    /// Where the member list changed last.
+    members: watch::Sender<LogIndex>,
+    /// A snapshot came, and the entry that says how far it reaches has not been told yet.
+    snapshot_came: AtomicBool,
     forgotten: mpsc::Sender<ChunkId>,
 }
 
@@ -37,7 +43,8 @@ impl Events {
             repair: OnceLock::new(),
             notifier: Mutex::new(None),
             invalidated: watch::Sender::new(LogIndex(0)),
-            members: watch::Sender::new(0),
+            members: watch::Sender::new(LogIndex(0)),
+            snapshot_came: AtomicBool::new(false),
             forgotten,
         };
         (Arc::new(events), deletions)
@@ -56,8 +63,9 @@ impl Events {
         *self.notifier.lock() = notifier;
     }
 
-    /// Fires when the member list may have changed.
-    pub fn members(&self) -> watch::Receiver<u64> {
+    /// Fires when the member list may have changed, with the log index of it. This server has
+    /// applied the entry then, and counts it as applied a moment later.
+    pub fn members(&self) -> watch::Receiver<LogIndex> {
         self.members.subscribe()
     }
 
@@ -98,9 +106,12 @@ impl Observer for Events {
                         tracing::debug!(%chunk, "left to the next repair walk");
                     }
                 }
-                Change::Members => self.members.send_modify(|count| *count += 1),
                 _ => {}
             }
+        }
+        let of_members = changes.iter().any(|(_, change)| matches!(change, Change::Members));
+        if self.snapshot_came.swap(false, Relaxed) || of_members {
+            self.members.send_replace(index);
         }
         let notifier = self.notifier.lock();
         match notifier.as_ref() {
@@ -113,7 +124,8 @@ impl Observer for Events {
     }
 
     fn installed_snapshot(&self) {
-        self.members.send_modify(|count| *count += 1);
+        self.snapshot_came.store(true, Relaxed);
+        self.members.send_modify(|_| {});
         if let Some(vfs) = self.vfs.get() {
             vfs.replaced();
         }
@@ -127,5 +139,25 @@ impl Observer for Events {
 
     fn invalidated(&self) -> watch::Receiver<LogIndex> {
         self.invalidated.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_member_list_is_news_with_the_index_of_its_change_also_after_a_snapshot() {
+        let (events, _deletions) = Events::new(Incarnation(1));
+        let mut members = events.members();
+        let mut news = || members.has_changed().unwrap().then(|| *members.borrow_and_update());
+        events.applied(LogIndex(4), vec![]);
+        assert_eq!(news(), None);
+        events.applied(LogIndex(5), vec![(7, Change::Members)]);
+        assert_eq!(news(), Some(LogIndex(5)));
+        events.installed_snapshot();
+        assert_eq!(news(), Some(LogIndex(5)), "at once, though nobody knows yet how far it reaches");
+        events.applied(LogIndex(90), vec![]);
+        assert_eq!(news(), Some(LogIndex(90)));
     }
 }

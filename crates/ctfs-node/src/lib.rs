@@ -21,10 +21,17 @@ mod peers;
 pub mod problem;
 mod repair;
 mod report;
+mod roundtrip;
 mod services;
 mod settings;
 mod state;
 mod stop;
+mod verdict;
+mod voters;
 
 pub use node::Node;
 pub use settings::NodeSettings;
+pub use state::is_member;
+
+/// Longest round trip between servers that elections can be set for.
+pub const RTT_MAX: std::time::Duration = ctfs_consensus::Timings::RTT_MAX;

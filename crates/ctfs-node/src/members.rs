@@ -2,6 +2,9 @@
 //!
 //! Every server runs [`Membership::run`]; it acts only while its server leads. The list itself
 //! is replicated state; the consensus membership follows it here, never the other way round.
+//! Removing a member is [`removal`].
+
+mod removal;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,30 +12,30 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_consensus::Consensus;
+use ctfs_consensus::{Consensus, ProposeError};
 use ctfs_meta::{Member, MemberState, MetaError, Op};
-use ctfs_types::NodeId;
+use ctfs_types::{LogIndex, NodeId};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{MutexGuard, watch};
 
 use crate::{
-    stop,
-    messages::{self, service},
-    problem::{Code, Problem},
-    node::placement_of,
-    repair::placement_mark,
+    problem::Problem,
     report::Figures,
     services::{Heard, Services},
+    stop,
+    voters::choose_voters,
 };
 
 /// How often the leader looks at the list without being told of a change.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A server that came back counts as back after this long, so that flapping moves no chunks.
 const BACK_AFTER: Duration = Duration::from_secs(2);
-/// How long `node remove` waits for copies to be made elsewhere before it says how many are left.
-const EMPTY_DEADLINE: Duration = Duration::from_secs(60);
-/// Removing a member may need an election besides.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(80);
+/// A log that does not answer the leader for so long is called silent; one that just joined, or
+/// takes in a snapshot, answers sooner.
+const SILENT_LOG: Duration = Duration::from_secs(5);
+/// How long the others must turn this server away before it believes that it was removed: an
+/// answer given while they were themselves behind is not the last word.
+const TURNED_AWAY_FOR: Duration = Duration::from_secs(3);
 
 pub struct Membership {
     consensus: Consensus,
@@ -40,56 +43,27 @@ pub struct Membership {
     network: ctfs_net::Network,
     node: NodeId,
     away_after: Duration,
+    /// Log index of the last change of the list, as this server has applied it.
+    changed: watch::Receiver<LogIndex>,
     /// Members being removed, so that the care below does not make them active again; `true`
     /// once their vote is to go.
     leaving: Mutex<BTreeMap<NodeId, bool>>,
+    /// Held while the consensus is brought to what the list wants, and what that is, is worked
+    /// out while holding it: nobody carries out what was true before somebody else's change.
+    turn: tokio::sync::Mutex<()>,
     figures: Arc<Figures>,
     /// Since when this server, as leader, sees each member in its present condition.
     seen: Mutex<BTreeMap<NodeId, (bool, Instant)>>,
+    /// Since when this server, as leader, has no answer from a member's log.
+    silent_logs: Mutex<BTreeMap<NodeId, Instant>>,
 }
 
-/// How many servers vote: a majority of an odd number survives the most losses per vote.
-///
-/// Two servers both vote: the loss of either stops changes, but a change that was answered is
-/// on both. With one voter its loss would lose answered changes.
-pub fn voters_wanted(servers: usize) -> usize {
-    match servers {
-        0..=2 => servers,
-        3 | 4 => 3,
-        _ => 5,
-    }
-}
-
-/// Chooses the voters among `members`, keeping present ones and spreading over zones.
-///
-/// A member that is away votes only when there is nobody to replace it.
-pub fn choose_voters(members: &[Member], voting: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
-    let wanted = voters_wanted(members.len());
-    let mut chosen: BTreeSet<NodeId> = BTreeSet::new();
-    let mut per_zone: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut left: Vec<&Member> = members.iter().collect();
-    while chosen.len() < wanted && !left.is_empty() {
-        let (place, best) = left
-            .iter()
-            .enumerate()
-            .min_by_key(|(_, member)| {
-                (
-                    member.state == MemberState::Away,
-                    // A zone more counts for more than leaving things as they are only among
-                    // members that do not vote yet: moving votes costs a round of changes.
-                    !voting.contains(&member.node),
-                    per_zone.get(member.zone.as_str()).copied().unwrap_or(0),
-                    member.joined,
-                    member.node,
-                )
-            })
-            .map(|(place, member)| (place, *member))
-            .expect("the list is not empty");
-        *per_zone.entry(&best.zone).or_default() += 1;
-        chosen.insert(best.node);
-        left.remove(place);
-    }
-    chosen
+/// Whether a member answers now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pulse {
+    pub up: bool,
+    /// Since its connection was last alive; `None` if it never was in this life of this server.
+    pub silent_for: Option<Duration>,
 }
 
 impl Membership {
@@ -100,12 +74,26 @@ impl Membership {
         figures: Arc<Figures>,
         node: NodeId,
         away_after: Duration,
+        changed: watch::Receiver<LogIndex>,
     ) -> Arc<Self> {
-        Arc::new(Self { consensus, services, network, figures, node, away_after, leaving: Mutex::default(), seen: Mutex::default() })
+        Arc::new(Self {
+            consensus,
+            services,
+            network,
+            figures,
+            node,
+            away_after,
+            changed,
+            leaving: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+            seen: Mutex::default(),
+            silent_logs: Mutex::default(),
+        })
     }
 
-    /// Cares for the list until `stop` turns true. `changed` fires when the list changed.
-    pub async fn run(self: Arc<Self>, mut changed: watch::Receiver<u64>, mut stop: watch::Receiver<bool>) {
+    /// Cares for the list until `stop` turns true.
+    pub async fn run(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        let mut changed = self.changed.clone();
         loop {
             tokio::select! {
                 () = tokio::time::sleep(LOOK_EVERY) => {}
@@ -114,6 +102,8 @@ impl Membership {
             }
             if !self.consensus.status().is_leader {
                 self.seen.lock().clear();
+                self.silent_logs.lock().clear();
+                self.figures.note_unanswering(BTreeSet::new());
                 continue;
             }
             if let Err(error) = self.care().await {
@@ -122,24 +112,49 @@ impl Membership {
         }
     }
 
-    async fn care(&self) -> Result<(), Problem> {
-        let members = self.members()?;
-        self.mark_away(&members).await?;
-        let members = self.members()?;
-        let leaving = self.leaving.lock().clone();
-        let staying: Vec<Member> = members.into_iter().filter(|m| leaving.get(&m.node) != Some(&true)).collect();
-        self.vote(&staying).await
+    /// Whether a member answers now, as this server sees it.
+    pub fn pulse(&self, node: NodeId) -> Pulse {
+        if node == self.node || self.network.peer(node).connected {
+            return Pulse { up: true, silent_for: Some(Duration::ZERO) };
+        }
+        let silent_for = self.services.heard(node).map(|heard| match heard {
+            // Lost this moment: the news of it is on its way.
+            Heard::Connected => Duration::ZERO,
+            Heard::LostAt(at) => at.elapsed(),
+        });
+        Pulse { up: false, silent_for }
     }
 
-    async fn vote(&self, members: &[Member]) -> Result<(), Problem> {
+    /// Finds members whose log has not answered this leader for some time.
+    fn note_silent_logs(&self) {
         let status = self.consensus.status();
-        let voters = choose_voters(members, &status.voters);
+        let silent = status.servers.iter().filter(|(node, server)| **node != self.node && !server.answers);
+        let (now, mut since) = (Instant::now(), self.silent_logs.lock());
+        *since = silent.map(|(node, _)| (*node, since.get(node).copied().unwrap_or(now))).collect();
+        let found = since.iter().filter(|(_, since)| now - **since >= SILENT_LOG).map(|(node, _)| *node);
+        self.figures.note_unanswering(found.collect());
+    }
+
+    async fn care(&self) -> Result<(), Problem> {
+        self.note_silent_logs();
+        self.mark_away(&self.members()?).await?;
+        // Whoever has the turn works out what is wanted as well as this would.
+        let Ok(turn) = self.turn.try_lock() else { return Ok(()) };
+        self.follow_list(&turn).await?.map_err(|error| Problem::no_quorum(&error.to_string()))
+    }
+
+    /// Brings the consensus to what the list wants now.
+    async fn follow_list(&self, _turn: &MutexGuard<'_, ()>) -> Result<Result<(), ProposeError>, Problem> {
+        let leaving = self.leaving.lock().clone();
+        let members: Vec<Member> = self.members()?.into_iter().filter(|m| leaving.get(&m.node) != Some(&true)).collect();
+        let status = self.consensus.status();
+        let voters = choose_voters(&members, &status.voters);
         let learners: BTreeSet<NodeId> = members.iter().map(|m| m.node).filter(|n| !voters.contains(n)).collect();
         if voters.is_empty() || (voters == status.voters && learners == status.learners) {
-            return Ok(());
+            return Ok(Ok(()));
         }
         tracing::info!(?voters, ?learners, "changing who votes");
-        self.consensus.set_membership(voters, learners).await.map_err(|error| Problem::no_quorum(&error.to_string()))
+        Ok(self.consensus.set_membership(voters, learners).await)
     }
 
     /// Proposes `Away` for whoever was silent too long and `Active` for whoever is back.
@@ -147,7 +162,8 @@ impl Membership {
         let now = Instant::now();
         let leaving = self.leaving.lock().clone();
         for member in members.iter().filter(|m| m.node != self.node && !leaving.contains_key(&m.node)) {
-            let alive = self.is_up(member.node);
+            // Without its log it learns of no change: as good as silent.
+            let alive = self.pulse(member.node).up && self.figures.stopped(member.node).is_none();
             let since = {
                 let mut seen = self.seen.lock();
                 let entry = seen.entry(member.node).or_insert((alive, now));
@@ -167,102 +183,23 @@ impl Membership {
         Ok(())
     }
 
-    /// Removes a member for good, from whichever server the operator asked.
-    ///
-    /// # Errors
-    /// E0126 for an unknown name or number, E0119 without a majority, E0127 while it may hold the
-    /// last copy of something and `force` is not set.
-    pub async fn remove(&self, node: NodeId, force: bool) -> Result<(), Problem> {
-        let deadline = Instant::now() + REMOVE_DEADLINE;
+    /// Whether most of the other members answer and say that this server is none.
+    fn is_turned_away(&self) -> bool {
+        let Ok(members) = self.members() else { return false };
+        let others: Vec<_> = members.iter().filter(|m| m.node != self.node).map(|m| self.network.peer(m.node)).collect();
+        let refusing = others.iter().filter(|peer| peer.refuses_us).count();
+        refusing * 2 > others.len() && !others.iter().any(|peer| peer.connected)
+    }
+
+    /// Resolves when the others have turned this server away for some time.
+    pub async fn turned_away(&self) {
+        let mut since = None;
         loop {
-            let status = self.consensus.status();
-            let verdict = match status.leader {
-                Some(leader) if leader == self.node => self.remove_here(node, force).await,
-                Some(leader) => self
-                    .network
-                    .call(leader, service::REMOVE_MEMBER, messages::encode(&(node, force)), REMOVE_DEADLINE)
-                    .await
-                    .map_err(|error| Problem::no_quorum(&error.to_string()))
-                    .and_then(|reply| messages::decode(&reply).map_err(|why| Problem::internal(&why))?),
-                None => Err(Problem::no_quorum("no server leads at the moment")),
-            };
-            match verdict {
-                Err(problem) if problem.is(Code::NoQuorum) && Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(200)).await;
-                }
-                verdict => return verdict,
-            }
-        }
-    }
-
-    /// The leader's part: first its chunks are placed elsewhere and seen to be there, then it
-    /// loses its vote, then its place in the list; whoever leaves the list is cut off at once and
-    /// could neither hand out a chunk nor agree to its own removal.
-    pub async fn remove_here(&self, node: NodeId, force: bool) -> Result<(), Problem> {
-        let members = self.members()?;
-        if !members.iter().any(|m| m.node == node) {
-            return Err(Problem::no_such_server(&node.to_string()));
-        }
-        if members.len() == 1 {
-            return Err(Problem::last_server());
-        }
-        // Without a majority nothing can be removed, and a half-done removal would surprise
-        // whoever brings the server back instead.
-        if !self.consensus.leased() {
-            return Err(Problem::no_majority_to_remove());
-        }
-        let was_up = self.is_up(node);
-        self.leaving.lock().insert(node, false);
-        let staying: Vec<Member> = members.into_iter().filter(|m| m.node != node).collect();
-        let result = async {
-            if !force {
-                self.empty(node, &staying, was_up).await?;
-            }
-            self.leaving.lock().insert(node, true);
-            self.vote(&staying).await?;
-            match self.propose(Op::RemoveMember { node }).await {
-                Err(problem) if problem.is(Code::NoSuchServer) => Ok(()),
-                other => other,
-            }
-        }
-        .await;
-        self.leaving.lock().remove(&node);
-        result
-    }
-
-    fn is_up(&self, node: NodeId) -> bool {
-        node == self.node || matches!(self.services.heard(node), Some(Heard::Connected)) || self.network.peer(node).connected
-    }
-
-    /// Takes the member out of the placement and waits until the others hold what it held.
-    async fn empty(&self, node: NodeId, staying: &[Member], was_up: bool) -> Result<(), Problem> {
-        self.propose(Op::SetMemberState { node, state: MemberState::Away }).await?;
-        let without = placement_mark(placement_of(&self.members()?).servers());
-        let deadline = Instant::now() + EMPTY_DEADLINE;
-        loop {
-            if !was_up && self.is_up(node) {
-                return Err(Problem::back_again());
-            }
-            let mut left = 0;
-            let mut walking = Vec::new();
-            for member in staying.iter().filter(|m| m.state == MemberState::Active) {
-                let figures = if member.node == self.node {
-                    Some(self.figures.local())
-                } else {
-                    self.figures.of(member.node).map(|(_, figures)| figures)
-                };
-                match figures {
-                    Some(figures) if figures.walked == without => left += figures.missing,
-                    _ => walking.push(member.name.clone()),
-                }
-            }
-            if left == 0 && walking.is_empty() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(Problem::would_lose(left, &walking));
-            }
             tokio::time::sleep(Duration::from_millis(200)).await;
+            since = if self.is_turned_away() { since.or(Some(Instant::now())) } else { None };
+            if since.is_some_and(|since: Instant| since.elapsed() > TURNED_AWAY_FOR) {
+                return;
+            }
         }
     }
 
@@ -277,66 +214,5 @@ impl Membership {
 
     fn members(&self) -> Result<Vec<Member>, Problem> {
         self.consensus.replica().read().members().map_err(|error| Problem::internal(&error.to_string()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use ctfs_types::{Incarnation, Timestamp};
-
-    use super::*;
-
-    fn member(node: u64, zone: &str, state: MemberState) -> Member {
-        Member {
-            node: NodeId(node),
-            name: format!("s{node}"),
-            zone: zone.into(),
-            key: [node as u8; 32],
-            addresses: vec![],
-            capacity: 1,
-            state,
-            incarnation: Incarnation(1),
-            version: String::new(),
-            joined: Timestamp::new(node as i64, 0),
-        }
-    }
-
-    fn nodes(numbers: &[u64]) -> BTreeSet<NodeId> {
-        numbers.iter().copied().map(NodeId).collect()
-    }
-
-    #[test]
-    fn one_two_three_three_five_servers_vote() {
-        let wanted: Vec<usize> = (0..8).map(voters_wanted).collect();
-        assert_eq!(wanted, [0, 1, 2, 3, 3, 5, 5, 5]);
-    }
-
-    #[test]
-    fn a_lost_voter_is_replaced_by_a_learner() {
-        let mut members: Vec<Member> = (1..=4).map(|n| member(n, "z", MemberState::Active)).collect();
-        let voting = nodes(&[1, 2, 3]);
-        assert_eq!(choose_voters(&members, &voting), voting);
-        members[1].state = MemberState::Away;
-        assert_eq!(choose_voters(&members, &voting), nodes(&[1, 3, 4]));
-    }
-
-    #[test]
-    fn with_nobody_to_replace_it_a_lost_voter_keeps_its_vote() {
-        let mut members: Vec<Member> = (1..=3).map(|n| member(n, "z", MemberState::Active)).collect();
-        members[2].state = MemberState::Away;
-        assert_eq!(choose_voters(&members, &nodes(&[1, 2, 3])), nodes(&[1, 2, 3]));
-    }
-
-    #[test]
-    fn new_voters_come_from_zones_without_one() {
-        let members = vec![
-            member(1, "a", MemberState::Active),
-            member(2, "a", MemberState::Active),
-            member(3, "a", MemberState::Active),
-            member(4, "b", MemberState::Active),
-            member(5, "c", MemberState::Active),
-        ];
-        let four = choose_voters(&members[..4], &nodes(&[1]));
-        assert!(four.contains(&NodeId(4)), "{four:?}");
     }
 }

@@ -3,8 +3,10 @@
 //! Every message is a codec record of version 1; the service number says which.
 
 use ctfs_meta::{ClusterIdentity, Member};
-use ctfs_types::{Incarnation, Ino, LogIndex, codec};
+use ctfs_types::{Incarnation, Ino, LogIndex, NodeId, codec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::admin::Room;
 
 /// Service numbers; the high byte picks the stream, so that classes do not wait for each other.
 pub mod service {
@@ -56,6 +58,18 @@ pub struct ServerFigures {
     /// For which placement the last repair walk was made ([`crate::repair::placement_mark`]);
     /// `missing` is what it left.
     pub walked: u64,
+    /// Log index up to which that walk at least knew the chunks and the members.
+    pub walked_at: u64,
+    /// Of `missing`, chunks its own store had no room for.
+    pub refused: u64,
+    /// Why its consensus has stopped: it answers, and learns of no change.
+    pub stopped: Option<String>,
+    /// Room on the disk of its log and metadata.
+    pub room: Room,
+    /// At the leader: members whose log has not answered for some time, connected or not.
+    pub unanswering: Vec<NodeId>,
+    /// Why its chunk store accepts nothing more.
+    pub store_failed: Option<String>,
     pub version: String,
 }
 

@@ -33,6 +33,7 @@ use crate::{
     problem::{Code, Problem},
     repair::Repair,
     report::Figures,
+    roundtrip,
     services::Services,
     settings::NodeSettings,
     state::{ClusterRecord, StateDir},
@@ -44,15 +45,13 @@ use crate::{
 
 /// A restarted server waits this long for the others before it serves what it has.
 const CATCH_UP: Duration = Duration::from_secs(30);
-/// How long the others must turn this server away before it believes that it was removed.
-const TURNED_AWAY_FOR: Duration = Duration::from_secs(3);
 /// `down` writes back what is dirty for this long before it gives up and says so.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A running server.
 pub struct Node {
     pub(crate) settings: NodeSettings,
-    pub(crate) state: StateDir,
+    pub(crate) state: Arc<StateDir>,
     pub(crate) id: NodeId,
     /// BLAKE3 of this server's public key.
     key: [u8; 32],
@@ -63,7 +62,6 @@ pub struct Node {
     pub(crate) chunks: Chunks,
     pub(crate) peers: Arc<Peers>,
     pub(crate) vfs: Arc<Vfs>,
-    pub(crate) services: Arc<Services>,
     pub(crate) membership: Arc<Membership>,
     pub(crate) doorman: Arc<Doorman>,
     pub(crate) repair: Arc<Repair>,
@@ -120,7 +118,7 @@ impl Node {
         if let Err(error) = CacheTier::wipe(&settings.cache_dir) {
             tracing::warn!(%error, dir = %settings.cache_dir.display(), "cannot empty the cache yet");
         }
-        let state = StateDir::open(&settings.state)?;
+        let state = Arc::new(StateDir::open(&settings.state)?);
         let mut settings = settings;
         port_is_free(settings.listen)?;
         let credentials = credentials(&state, &mut settings).await?;
@@ -141,7 +139,9 @@ impl Node {
         let peers = Peers::new(network.clone());
 
         let (events, deletions) = Events::new(incarnation);
-        let consensus_settings = ctfs_consensus::Settings::new(state.join("meta"), id, incarnation);
+        let rtt = settings.rtt.or_else(|| roundtrip::remembered(&state)).unwrap_or_default();
+        let mut consensus_settings = ctfs_consensus::Settings::new(state.join("meta"), id, incarnation);
+        consensus_settings.timings = ctfs_consensus::Timings::for_rtt(rtt);
         let consensus = Consensus::start(consensus_settings, peers.clone(), events.clone())
             .await
             .map_err(|error| Problem::metadata(&error.to_string()))?;
@@ -174,7 +174,7 @@ impl Node {
         let repair = Repair::new(consensus.clone(), store.clone(), chunks.clone());
         figures.watch_repair(repair.clone());
         events.tell_repair(repair.clone());
-        let membership = Membership::new(consensus.clone(), services.clone(), network.clone(), figures.clone(), id, settings.away_after);
+        let membership = Membership::new(consensus.clone(), services.clone(), network.clone(), figures.clone(), id, settings.away_after, events.members());
         let doorman = Arc::new(Doorman::new(consensus.clone(), authority));
         services.serve_cluster(doorman.clone(), membership.clone(), figures.clone());
 
@@ -191,7 +191,6 @@ impl Node {
             chunks,
             peers,
             vfs,
-            services,
             membership,
             repair,
             figures,
@@ -203,6 +202,7 @@ impl Node {
         });
         node.follow_members();
         node.spawn_tasks(deletions);
+        node.spawn(roundtrip::run(node.consensus.clone(), node.network.clone(), node.state.clone(), rtt, node.stop.subscribe()));
         let socket = AdminSocket::bind(&node.state.join(SOCKET_NAME)).map_err(|error| Problem::io("open the admin socket", &error))?;
         node.spawn(socket.serve(Arc::new(Answers(node.clone())), node.stop.subscribe()));
         let serving = async {
@@ -230,7 +230,7 @@ impl Node {
                 let op = self.new_life(incarnation, &member);
                 let proposed = tokio::select! {
                     proposed = self.consensus.propose(op) => proposed,
-                    () = self.turned_away() => return Err(Problem::removed()),
+                    () = self.membership.turned_away() => return Err(Problem::removed()),
                 };
                 match proposed {
                     Ok(Ok(_)) => return Ok(()),
@@ -297,29 +297,8 @@ impl Node {
         }
     }
 
-    /// Whether most of the other members answer and say that this server is none.
-    fn is_turned_away(&self) -> bool {
-        let Ok(members) = self.consensus.replica().read().members() else { return false };
-        let others: Vec<_> = members.iter().filter(|m| m.node != self.id).map(|m| self.network.peer(m.node)).collect();
-        let refusing = others.iter().filter(|peer| peer.refuses_us).count();
-        refusing * 2 > others.len() && !others.iter().any(|peer| peer.connected)
-    }
-
-    /// Resolves when the others have turned this server away for some time: an answer given
-    /// while they were themselves behind is not the last word.
-    async fn turned_away(&self) {
-        let mut since = None;
-        loop {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            since = if self.is_turned_away() { since.or(Some(Instant::now())) } else { None };
-            if since.is_some_and(|since: Instant| since.elapsed() > TURNED_AWAY_FOR) {
-                return;
-            }
-        }
-    }
-
     /// From here on every request is answered with the reason.
-    fn end(&self, problem: Problem) {
+    pub(crate) fn end(&self, problem: Problem) {
         let mut ended = self.ended.lock();
         if ended.is_none() {
             tracing::error!(code = problem.code, what = problem.what, why = problem.why, "this server takes no further part");
@@ -383,7 +362,7 @@ impl Node {
         self.mount.lock().is_some()
     }
 
-    async fn write_back(&self) -> Result<(), Problem> {
+    pub(crate) async fn write_back(&self) -> Result<(), Problem> {
         match tokio::time::timeout(FLUSH_DEADLINE, self.vfs.flush_all()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(Problem::not_flushed(&error.to_string())),
@@ -435,7 +414,7 @@ impl Node {
 
     fn spawn_tasks(self: &Arc<Self>, mut deletions: tokio::sync::mpsc::Receiver<ctfs_types::ChunkId>) {
         let stop = || self.stop.subscribe();
-        self.spawn(self.membership.clone().run(self.events.members(), stop()));
+        self.spawn(self.membership.clone().run(stop()));
         self.spawn(self.repair.clone().run(stop()));
         self.spawn(self.figures.clone().run(stop()));
         let collector = Collector {
@@ -452,13 +431,21 @@ impl Node {
         self.spawn(async move {
             loop {
                 // Tokens run out without an event, hence the timer.
-                tokio::select! {
-                    changed = members.changed() => if changed.is_err() { return },
-                    () = tokio::time::sleep(Duration::from_secs(5)) => {}
+                let news = tokio::select! {
+                    changed = members.changed() => if changed.is_err() { return } else { true },
+                    () = tokio::time::sleep(Duration::from_secs(5)) => false,
                     () = stop::requested(&mut stopping) => return,
-                }
+                };
+                let index = *members.borrow_and_update();
                 let Some(node) = node.upgrade() else { return };
-                node.follow_members();
+                if node.follow_members() || news {
+                    // Also where the placement stays as it is: whoever removes a server waits for
+                    // a walk that began when its leaving was applied, and counted as applied.
+                    let mut applied = node.consensus.applied();
+                    let counted = applied.wait_for(|applied| *applied >= index);
+                    let _ = tokio::time::timeout(Duration::from_secs(5), counted).await;
+                    node.repair.walk_soon();
+                }
             }
         });
 
@@ -467,7 +454,7 @@ impl Node {
         self.spawn(async move {
             let Some(node) = node.upgrade() else { return };
             tokio::select! {
-                () = node.turned_away() => node.end(Problem::removed()),
+                () = node.membership.turned_away() => node.end(Problem::removed()),
                 () = stop::requested(&mut stopping) => {}
             }
         });
@@ -515,8 +502,9 @@ impl Node {
         });
     }
 
-    /// Carries the replicated member list into the network, the placement and the state directory.
-    fn follow_members(&self) {
+    /// Carries the replicated member list into the network, the placement and the state directory;
+    /// says whether the placement became another.
+    fn follow_members(&self) -> bool {
         let (members, removed, tokens) = {
             let replica = self.consensus.replica();
             let namespace = replica.read();
@@ -524,12 +512,12 @@ impl Node {
                 (Ok(members), Ok(removed), Ok(tokens)) => (members, removed, tokens),
                 (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
                     tracing::error!(%error, "cannot read the member list");
-                    return;
+                    return false;
                 }
             }
         };
         if members.is_empty() {
-            return;
+            return false;
         }
         if removed.contains(&self.key) {
             self.end(Problem::removed());
@@ -545,10 +533,11 @@ impl Node {
         self.network.set_members(peer_infos(&members, self.id));
         let placement = placement_of(&members);
         self.chunks.set_members(members.iter().map(|member| member.node).collect());
-        if self.chunks.placement().servers() != placement.servers() {
+        let another = self.chunks.placement().servers() != placement.servers();
+        if another {
             self.chunks.set_placement(placement);
-            self.repair.walk_soon();
         }
+        another
     }
 }
 

@@ -111,6 +111,8 @@ codes! {
     InvalidArgument = "E0133", USAGE;
     /// Programs have files open in the mount.
     MountBusy = "E0134", FAILED;
+    /// An unknown verb or option, or a value that does not fit.
+    CommandLine = "E0135", USAGE;
     /// A bug.
     Internal = "E0199", FAILED;
 }
@@ -284,6 +286,13 @@ impl Problem {
             .why(why)
             .try_next("ctfs status    shows how far copying is; then run this again")
             .try_next("if it is lost for ever and so be it: add --force")
+    }
+
+    pub fn nobody_to_keep() -> Self {
+        Self::new(Code::WouldLoseData, "no other server is there to keep what it holds")
+            .why("all others are away")
+            .try_next("bring one of them back: ctfs up on each")
+            .try_next("if all of them are lost for ever and so be it: add --force")
     }
 
     pub fn busy(open: usize) -> Self {

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_chunk::{ChunkStore, Chunks, Deleted, Ensured, Released, Server};
+use ctfs_chunk::{ChunkError, ChunkStore, Chunks, Deleted, Ensured, Released, Server, StoreError};
 use ctfs_consensus::Consensus;
 use ctfs_meta::SharedNamespace;
 use ctfs_types::ChunkId;
@@ -25,6 +25,10 @@ use crate::stop;
 
 /// A whole walk without any reason: a missed event is noticed after this long.
 const WALK_EVERY: Duration = Duration::from_secs(600);
+/// A walk that could not fetch everything is made again after this long, twice as long each time
+/// up to the maximum: mostly a server was being restarted, and somebody may wait for the copies.
+const WALK_AGAIN: Duration = Duration::from_secs(2);
+const WALK_AGAIN_MAX: Duration = Duration::from_secs(30);
 /// A chunk just written is looked at after this long: its writer is still placing copies.
 const SETTLE: Duration = Duration::from_secs(3);
 /// Chunk records read under one hold of the replica's lock.
@@ -53,6 +57,8 @@ pub struct Repair {
     walk: AtomicBool,
     wake: Notify,
     progress: Progress,
+    /// Walks in a row that could not fetch everything.
+    failed_walks: AtomicU64,
 }
 
 /// What repair is doing, for `ctfs status`.
@@ -62,11 +68,36 @@ pub struct Progress {
     pub walked: AtomicU64,
     pub total: AtomicU64,
     pub fetched: AtomicU64,
-    /// Placed here and not held, as the last walk left it.
-    pub missing: AtomicU64,
     pub dropped: AtomicU64,
-    /// The placement of the last finished walk, as [`placement_mark`].
-    pub walked_for: AtomicU64,
+    /// One lock for all of it: who reads the result of one walk beside the name of another would
+    /// take a server for complete that is not.
+    last: Mutex<Walked>,
+}
+
+/// What the last finished walk found.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Walked {
+    /// The placement it was made for, as [`placement_mark`].
+    pub placement: u64,
+    /// Log index the replica had reached before it began.
+    pub at: u64,
+    /// Chunks placed here that it could not get, or not keep.
+    pub missing: u64,
+    /// Of these, chunks the own store has no room for.
+    pub refused: u64,
+}
+
+/// Chunks that belong here and are not here.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lacking {
+    all: u64,
+    no_room: u64,
+}
+
+impl std::iter::Sum for Lacking {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), |sum, part| Self { all: sum.all + part.all, no_room: sum.no_room + part.no_room })
+    }
 }
 
 impl Repair {
@@ -80,11 +111,16 @@ impl Repair {
             walk: AtomicBool::new(true),
             wake: Notify::new(),
             progress: Progress::default(),
+            failed_walks: AtomicU64::new(0),
         })
     }
 
     pub fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    pub fn walked(&self) -> Walked {
+        *self.progress.last.lock()
     }
 
     /// Looks at one chunk soon: it was just written, or its copy here was found damaged.
@@ -142,7 +178,7 @@ impl Repair {
             let replica = self.replica.read();
             due.iter().filter_map(|id| replica.chunk(id).ok().flatten().filter(|r| r.references > 0).map(|r| (*id, r.copies))).collect()
         };
-        if self.tend(&records).await > 0 {
+        if self.tend(&records).await.all > 0 {
             // Whoever should have had the chunk is unreachable: try again later, not at once.
             let mut wanted = self.wanted.lock();
             let later = now + Duration::from_secs(30);
@@ -154,32 +190,46 @@ impl Repair {
         self.progress.walking.store(true, Relaxed);
         self.progress.walked.store(0, Relaxed);
         self.progress.total.store(self.replica.read().chunk_count(), Relaxed);
-        let mark = placement_mark(self.chunks.placement().servers());
-        let mut missing = 0;
+        let at = self.consensus.applied().borrow().0;
+        let placement = placement_mark(self.chunks.placement().servers());
+        let finished = self.walk_records().await;
+        if let Some(lacking) = finished
+            // Else the servers changed meanwhile: the next walk, asked for by that change, counts.
+            && placement_mark(self.chunks.placement().servers()) == placement
+        {
+            *self.progress.last.lock() = Walked { placement, at, missing: lacking.all, refused: lacking.no_room };
+        }
+        self.drop_unknown().await;
+        self.progress.walking.store(false, Relaxed);
+        match finished {
+            Some(Lacking { all: 0, .. }) => self.failed_walks.store(0, Relaxed),
+            Some(lacking) => {
+                tracing::warn!(missing = lacking.all, no_room = lacking.no_room, "some chunks that belong here could not be fetched");
+                let failed = self.failed_walks.fetch_add(1, Relaxed).min(16) as u32;
+                self.walk_after((WALK_AGAIN * 2u32.pow(failed)).min(WALK_AGAIN_MAX));
+            }
+            None => self.walk_after(WALK_AGAIN_MAX),
+        }
+    }
+
+    /// `None` when the records cannot be read.
+    async fn walk_records(&self) -> Option<Lacking> {
+        let mut lacking = Vec::new();
         let mut after = None;
         loop {
             let page = match self.replica.read().chunks(after, PAGE) {
                 Ok(page) => page,
                 Err(error) => {
                     tracing::error!(%error, "repair cannot read the chunk records");
-                    break;
+                    return None;
                 }
             };
-            let Some((last, _)) = page.last() else { break };
+            let Some((last, _)) = page.last() else { return Some(lacking.into_iter().sum()) };
             after = Some(*last);
             let records: Vec<(ChunkId, u8)> =
                 page.iter().filter(|(_, r)| r.references > 0).map(|(id, r)| (*id, r.copies)).collect();
-            missing += self.tend(&records).await;
+            lacking.push(self.tend(&records).await);
             self.progress.walked.fetch_add(page.len() as u64, Relaxed);
-        }
-        self.drop_unknown().await;
-        self.progress.missing.store(missing, Relaxed);
-        self.progress.walked_for.store(mark, Relaxed);
-        self.progress.walking.store(false, Relaxed);
-        if missing > 0 {
-            tracing::warn!(missing, "some chunks that belong here could not be fetched");
-            // Their holders are away; look again well before the next walk is due.
-            self.walk_after(Duration::from_secs(30));
         }
     }
 
@@ -187,8 +237,8 @@ impl Repair {
         self.wanted.lock().insert((Instant::now() + wait, WALK_MARK));
     }
 
-    /// Fetches what belongs here and drops what does not; returns how many it failed to fetch.
-    async fn tend(&self, records: &[(ChunkId, u8)]) -> u64 {
+    /// Fetches what belongs here and drops what does not; returns what it failed to fetch.
+    async fn tend(&self, records: &[(ChunkId, u8)]) -> Lacking {
         let slots = Semaphore::new(FETCHES);
         let work = records.iter().map(|&(id, copies)| {
             let slots = &slots;
@@ -197,20 +247,21 @@ impl Repair {
                 match self.chunks.ensure(id, copies).await {
                     Ok(Ensured::Fetched) => {
                         self.progress.fetched.fetch_add(1, Relaxed);
-                        0
+                        Lacking::default()
                     }
-                    Ok(Ensured::AlreadyHere) => 0,
+                    Ok(Ensured::AlreadyHere) => Lacking::default(),
                     // What an old replica calls surplus may be placed here by now.
-                    Ok(Ensured::NotMine) if !self.store.holds(&id) || self.consensus.barrier().await.is_err() => 0,
+                    Ok(Ensured::NotMine) if !self.store.holds(&id) || self.consensus.barrier().await.is_err() => Lacking::default(),
                     Ok(Ensured::NotMine) => {
                         if self.store.holds(&id) && matches!(self.chunks.release_surplus(id, copies).await, Ok(Released::Released)) {
                             self.progress.dropped.fetch_add(1, Relaxed);
                         }
-                        0
+                        Lacking::default()
                     }
                     Err(error) => {
                         tracing::debug!(chunk = %id, %error, "cannot fetch a chunk that belongs here");
-                        1
+                        let no_room = matches!(error, ChunkError::Store(StoreError::Full { .. }));
+                        Lacking { all: 1, no_room: u64::from(no_room) }
                     }
                 }
             }

@@ -4,13 +4,13 @@
 //! gathered in the background and read from here.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use ctfs_chunk::{ChunkStore, Placement, TierUsage, Usage};
-use ctfs_consensus::Consensus;
+use ctfs_consensus::{Consensus, Space};
 use ctfs_meta::MemberState;
 use ctfs_net::Network;
 use ctfs_types::NodeId;
@@ -20,12 +20,15 @@ use tokio::sync::watch;
 
 use crate::{
     stop,
+    admin::Room,
     messages::{self, ServerFigures, service},
     repair::Repair,
 };
 
 /// How old the others' figures may get while they answer.
 const GATHER_EVERY: Duration = Duration::from_secs(2);
+/// Older figures say nothing of who is ill.
+const OLD_AFTER: Duration = Duration::from_secs(10);
 const GATHER_DEADLINE: Duration = Duration::from_secs(1);
 /// `df` shows this many free inodes: numbers are 64 bits wide, and tools dislike more.
 const FREE_FILES: u64 = 1 << 32;
@@ -39,6 +42,7 @@ pub struct Figures {
     node: NodeId,
     repair: OnceLock<Arc<Repair>>,
     others: Mutex<BTreeMap<NodeId, (Instant, ServerFigures)>>,
+    unanswering: Mutex<BTreeSet<NodeId>>,
     space: Mutex<SpaceReport>,
 }
 
@@ -52,6 +56,7 @@ impl Figures {
             node,
             repair: OnceLock::new(),
             others: Mutex::default(),
+            unanswering: Mutex::default(),
             space: Mutex::default(),
         };
         figures.count_space();
@@ -80,6 +85,8 @@ impl Figures {
             _ => store.free,
         };
         let cache = cache.map(|(usage, _)| usage).unwrap_or_default();
+        let consensus = self.consensus.status();
+        let walked = self.repair.get().map(|repair| repair.walked()).unwrap_or_default();
         ServerFigures {
             applied: self.consensus.applied().borrow().0,
             cache_used: cache.clean + cache.dirty,
@@ -88,8 +95,18 @@ impl Figures {
             store_capacity: store.capacity,
             store_free,
             chunks: store.chunks,
-            missing: self.repair.get().map_or(0, |repair| repair.missing()),
-            walked: self.repair.get().map_or(0, |repair| repair.progress().walked_for.load(Relaxed)),
+            missing: walked.missing,
+            walked: walked.placement,
+            walked_at: walked.at,
+            refused: walked.refused,
+            stopped: consensus.stopped,
+            room: match consensus.space {
+                Space::Enough => Room::Enough,
+                Space::Low => Room::Low,
+                Space::Full => Room::Full,
+            },
+            unanswering: self.unanswering.lock().iter().copied().collect(),
+            store_failed: self.store.failure(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
@@ -97,6 +114,29 @@ impl Figures {
     /// The last figures of another server, and how old they are.
     pub fn of(&self, node: NodeId) -> Option<(Duration, ServerFigures)> {
         self.others.lock().get(&node).map(|(at, figures)| (at.elapsed(), figures.clone()))
+    }
+
+    /// Those of any server, this one included.
+    pub fn latest(&self, node: NodeId) -> Option<ServerFigures> {
+        if node == self.node { Some(self.local()) } else { self.of(node).map(|(_, figures)| figures) }
+    }
+
+    /// Why a server that answers takes no part in the log: it says so itself, or the leader does.
+    pub fn stopped(&self, node: NodeId) -> Option<String> {
+        let own_word = self.latest(node).and_then(|figures| figures.stopped);
+        own_word.or_else(|| self.is_unanswering(node).then(|| "its log does not answer the leader".to_owned()))
+    }
+
+    /// Whether a leader said so lately.
+    fn is_unanswering(&self, node: NodeId) -> bool {
+        let others = self.others.lock();
+        let lately = others.values().filter(|(at, _)| at.elapsed() < OLD_AFTER);
+        self.unanswering.lock().contains(&node) || lately.into_iter().any(|(_, figures)| figures.unanswering.contains(&node))
+    }
+
+    /// What this server, as leader, found; nobody when it does not lead.
+    pub fn note_unanswering(&self, nodes: BTreeSet<NodeId>) {
+        *self.unanswering.lock() = nodes;
     }
 
     pub fn space(&self) -> SpaceReport {
@@ -114,7 +154,8 @@ impl Figures {
         }
     }
 
-    async fn gather(&self) {
+    /// Asks all others for their figures, at most [`GATHER_DEADLINE`].
+    pub async fn gather(&self) {
         let Ok(members) = self.consensus.replica().read().members() else { return };
         let asked = members.iter().filter(|m| m.node != self.node).map(|member| async {
             let reply = self.network.call(member.node, service::REPORT, Vec::new(), GATHER_DEADLINE).await.ok()?;
@@ -175,13 +216,6 @@ pub fn logical_bytes_free(free: &[u64], copies: usize) -> u64 {
         if fits(middle) { low = middle } else { high = middle - 1 }
     }
     low
-}
-
-impl Repair {
-    /// Chunks that belong to this server and could not be fetched yet.
-    pub fn missing(&self) -> u64 {
-        self.progress().missing.load(Relaxed)
-    }
 }
 
 #[cfg(test)]

@@ -31,6 +31,8 @@ pub struct NodeSettings {
     pub away_after: Duration,
     /// How long an unreferenced chunk is kept.
     pub gc_grace: Duration,
+    /// Slowest round trip between the servers; `None`: as measured in the life before.
+    pub rtt: Option<Duration>,
     /// Join a cluster with this token instead of making one.
     pub join: Option<JoinToken>,
     /// Kernel request threads.

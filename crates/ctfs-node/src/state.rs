@@ -6,6 +6,7 @@
 //! STATE/ca.key         private key of the certificate authority, PEM, 0600
 //! STATE/identity/      this server's key and certificate
 //! STATE/peers          last known members, for the time before the replica is readable
+//! STATE/rtt          how far the other servers are, for the timings of the next life
 //! STATE/meta/          log, snapshots, store
 //! STATE/chunks/        chunk store
 //! STATE/admin.sock     admin socket
@@ -26,6 +27,7 @@ use crate::problem::Problem;
 
 /// Version of the `cluster` record; a newer one is refused before anything is touched.
 const FORMAT: u8 = 1;
+const CLUSTER: &str = "cluster";
 const RECORD_BYTES_MAX: usize = 4 << 20;
 
 /// An opened, locked state directory.
@@ -50,6 +52,11 @@ pub struct ClusterRecord {
     /// Name and zone under which it joined.
     pub name: String,
     pub zone: String,
+}
+
+/// Whether a state directory is a member's, without opening it.
+pub fn is_member(state: &Path) -> bool {
+    state.join(CLUSTER).exists()
 }
 
 impl StateDir {
@@ -97,7 +104,7 @@ impl StateDir {
 
     /// The cluster this state belongs to; `None` before the first `up` completed.
     pub fn cluster(&self) -> Result<Option<ClusterRecord>, Problem> {
-        let path = self.join("cluster");
+        let path = self.join(CLUSTER);
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -113,7 +120,7 @@ impl StateDir {
     }
 
     pub fn set_cluster(&self, record: &ClusterRecord) -> Result<(), Problem> {
-        self.write("cluster", &codec::seal(FORMAT, record))
+        self.write(CLUSTER, &codec::seal(FORMAT, record))
     }
 
     /// Starts a new life of this server and returns its number, durable before it is used.
@@ -121,7 +128,7 @@ impl StateDir {
     /// Numbers grow with each life, and two servers never share one: the count of lives stands
     /// above 40 bits of the server's own number.
     pub fn begin_life(&self, node: NodeId) -> Result<(ClusterRecord, Incarnation), Problem> {
-        let mut record = self.cluster()?.ok_or_else(|| Problem::damaged(&self.join("cluster"), "it is missing"))?;
+        let mut record = self.cluster()?.ok_or_else(|| Problem::damaged(&self.join(CLUSTER), "it is missing"))?;
         record.lives += 1;
         self.set_cluster(&record)?;
         let incarnation = Incarnation(record.lives << 40 | node.0 & ((1 << 40) - 1));

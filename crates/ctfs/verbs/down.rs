@@ -14,7 +14,7 @@ use ctfs_node::{
 use rustix::process::{Pid, PidfdFlags};
 
 use super::launch;
-use crate::{Context, choices, errors::Outcome, mounts, plan::Memory};
+use crate::{Context, choices, errors::{Outcome, spelled}, mounts, plan::Memory};
 
 /// Write everything out, unmount and stop the daemon
 ///
@@ -55,7 +55,7 @@ impl Down {
             wait(process, until, context)?;
         }
         // The daemon answered before it was through; now it is.
-        super::say_done(context, &DoneReport { message: "down; `ctfs up` brings it back".into(), notes: done.notes });
+        super::say_done(context, &DoneReport { message: format!("down; `{}` brings it back", spelled("ctfs up", &context.state)), notes: done.notes });
         Ok(exit::OK)
     }
 }

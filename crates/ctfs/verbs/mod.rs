@@ -25,7 +25,7 @@ use ctfs_node::{
     problem::{Code, Problem},
 };
 
-use crate::{Context, mounts};
+use crate::{Context, errors::spelled, mounts};
 
 /// For what the daemon answers from its own memory, or after asking its peers once.
 pub const LOOK: Duration = Duration::from_secs(15);
@@ -58,7 +58,7 @@ pub fn ask_to(context: &Context, request: &Request, deadline: Duration) -> Resul
 pub fn say_done(context: &Context, done: &DoneReport) {
     let mut text = format!("{}\n", done.message);
     for note in &done.notes {
-        text += &format!("  note  {note}\n");
+        text += &format!("  note  {}\n", spelled(note, &context.state));
     }
     context.ui.print(&text);
 }

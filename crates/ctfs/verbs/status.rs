@@ -119,6 +119,7 @@ pub fn standing(server: &ServerReport) -> &'static str {
     match (server.state, server.role) {
         (ServerState::Down, _) => "down",
         (ServerState::Away, _) => "away",
+        (ServerState::Up, _) if server.stopped.is_some() => "stopped",
         (ServerState::Up, ServerRole::Leader) => "leader",
         (ServerState::Up, ServerRole::Voter) => "voter",
         (ServerState::Up, ServerRole::Learner) => "learner",
@@ -233,6 +234,7 @@ pub mod tests {
             version: "0.1.0".into(),
             last_heard_secs: Some(0),
             lag: Some(0),
+            ..ServerReport::default()
         }
     }
 
@@ -308,6 +310,8 @@ cluster brave-otter   DEGRADED   2 of 3 servers alive, all data readable and wri
     fn a_server_that_is_down_has_no_role_however_it_votes() {
         let mut down = server("a", "z", ServerRole::Leader);
         assert_eq!(standing(&down), "leader");
+        down.stopped = Some("log failed".into());
+        assert_eq!(standing(&down), "stopped");
         down.state = ServerState::Away;
         assert_eq!(standing(&down), "away");
     }

@@ -23,10 +23,11 @@ use crate::{
     config, daemon,
     errors::{Outcome, spelled},
     mounts,
-    plan::{Memory, Plan, Sources, differences},
+    plan::{Memory, Plan, Sources, differences, fixed},
     ui::counted,
 };
 
+const TOKEN_NOT_USED: &str = "  note  it is a member already: the token was not used.\n";
 /// A token is a line.
 const TOKEN_BYTES_MAX: u64 = 64 << 10;
 
@@ -96,6 +97,20 @@ enum Came {
     Created,
     Joined,
     Back,
+    /// As [`Self::Back`], and a token was given that was not needed.
+    MemberAlready,
+}
+
+impl Came {
+    fn of(member: bool, token: bool) -> Self {
+        match (member, token) {
+            (true, true) => Self::MemberAlready,
+            (true, false) => Self::Back,
+            (false, true) => Self::Joined,
+            (false, false) if std::env::var_os("CTFS_TOKEN").is_some() => Self::Joined,
+            (false, false) => Self::Created,
+        }
+    }
 }
 
 impl Up {
@@ -113,12 +128,8 @@ impl Up {
             Err(error) => return Err(error.into_problem(&context.state)),
         }
         let memory = Memory::load(&context.state)?;
-        let came = match (&memory, &self.join) {
-            (Some(_), _) => Came::Back,
-            (None, Some(_)) => Came::Joined,
-            (None, None) if std::env::var_os("CTFS_TOKEN").is_some() => Came::Joined,
-            (None, None) => Came::Created,
-        };
+        // The memory is written last: an `up` that was interrupted may have joined all the same.
+        let came = Came::of(memory.is_some() || ctfs_node::is_member(&context.state), self.join.is_some());
         let file = config::load(self.config.as_deref().or(memory.as_ref().and_then(|memory| Some(memory.config.as_ref()?.as_path()))))?;
         let join = self.token(came)?;
         let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -230,12 +241,7 @@ fn already(context: &Context, flags: &Choices, ping: PingReport, token: Option<&
 
     let memory = Memory::load(&context.state)?;
     let effective = memory.map(|memory| memory.effective).unwrap_or_default();
-    let differing = differences(flags, &effective);
-    if !differing.is_empty() {
-        return Err(Problem::new(Code::ChoiceDiffers, "already up, with other choices")
-            .why(differing.join("\n"))
-            .try_next("leave the option out, or to change it: ctfs down, then this ctfs up again"));
-    }
+    differs(&context.state, flags, &effective)?;
     let mut text = String::new();
     if ping.mountpoint.is_none() && effective.mountpoint.is_some() {
         text += &format!("  {}\n", ask_to(context, &Request::Mount { path: None }, super::CHANGE)?.message);
@@ -245,11 +251,31 @@ fn already(context: &Context, flags: &Choices, ping: PingReport, token: Option<&
         text += &format!("  already up {place}{cluster}\n");
     }
     if token.is_some() {
-        text += "  note  it is a member already: the token was not used.\n";
+        text += TOKEN_NOT_USED;
     }
     text += &format!("  next  {}\n", spelled("ctfs status", &context.state));
     context.ui.print(&text);
     Ok(exit::OK)
+}
+
+/// Refuses what a running server cannot become by being asked.
+fn differs(state: &Path, flags: &Choices, effective: &Choices) -> Result<(), Problem> {
+    // What no restart changes either is refused with what does.
+    fixed(state, flags, effective)?;
+    let differing = differences(flags, effective);
+    if differing.is_empty() {
+        return Ok(());
+    }
+    let mut problem = Problem::new(Code::ChoiceDiffers, "already up, with other choices").why(differing.join("\n"));
+    // The number of copies is the cluster's, not this server's.
+    if let Some(copies) = flags.copies.filter(|copies| Some(*copies) != effective.copies) {
+        let path = effective.mountpoint.as_ref().map_or("DIRECTORY".to_owned(), ToString::to_string);
+        problem = problem.try_next(format!("to change the copies: ctfs policy set {path} --copies {copies}"));
+        if differing.len() == 1 {
+            return Err(problem.try_next("leave --copies out"));
+        }
+    }
+    Err(problem.try_next("leave the option out, or to change it: ctfs down, then this ctfs up again"))
 }
 
 /// The status, if the daemon can say it now; what `up` did stands either way.
@@ -275,8 +301,12 @@ fn summary(came: Came, plan: &Plan, status: Option<&StatusReport>, took: Duratio
         Came::Created => "created",
         Came::Joined => "joined",
         Came::Back => "back in",
+        Came::MemberAlready => "was already a member, is running again in",
     };
     let mut text = line(format!("{verb} {cluster}"), format!("state in {}", plan.state));
+    if came == Came::MemberAlready {
+        text += TOKEN_NOT_USED;
+    }
     let peers = status.into_iter().flat_map(|status| &status.servers).filter(|server| server.connected.is_some());
     for peer in peers.take(8) {
         let rtt = peer.rtt_ms.map(|rtt| format!(", rtt {rtt:.1} ms")).unwrap_or_default();
@@ -338,6 +368,33 @@ mod tests {
         assert!(text.contains("joined brave-otter (2 of 2 alive)"), "{text}");
         assert!(text.contains("connected to node2                         10.9.0.2:7420, rtt 82.0 ms, mtu 1437\n"), "{text}");
         assert!(text.contains("add a third server"), "{text}");
+    }
+
+    #[test]
+    fn a_member_that_is_given_a_token_again_hears_that_it_was_one_already() {
+        let came = Came::of(true, true);
+        let text = summary(came, &plan(), Some(&report()), Duration::from_secs(2), Path::new("/tmp/b"));
+        assert!(text.contains("was already a member, is running again in brave-otter (2 of 3 alive)"), "{text}");
+        assert!(text.contains("the token was not used") && !text.contains("created") && !text.contains("joined"), "{text}");
+        assert_eq!((Came::of(true, false), Came::of(false, true)), (Came::Back, Came::Joined));
+    }
+
+    #[test]
+    fn a_running_server_is_told_only_of_changes_that_are_possible() {
+        let label = |text: &str| Some(text.parse().unwrap());
+        let effective = Choices { name: label("a"), zone: label("z"), copies: Some("2".parse().unwrap()), ..plan().memory.effective };
+        let state = Path::new("/s");
+        for flags in [Choices { zone: label("fra"), ..Default::default() }, Choices { name: label("b"), ..Default::default() }] {
+            let problem = differs(state, &flags, &effective).unwrap_err();
+            assert!(problem.is(Code::ChoiceDiffers) && problem.try_next.concat().contains("join as a new server"), "{problem:?}");
+            assert!(!problem.try_next.concat().contains("then this ctfs up again"), "{problem:?}");
+        }
+        let copies = Choices { copies: Some("3".parse().unwrap()), ..Default::default() };
+        let problem = differs(state, &copies, &effective).unwrap_err();
+        assert_eq!(problem.try_next, ["to change the copies: ctfs policy set /srv/data --copies 3", "leave --copies out"]);
+        let listen = Choices { listen: Some(SocketAddr::from(([127, 0, 0, 1], 1))), ..Default::default() };
+        assert!(differs(state, &listen, &effective).unwrap_err().try_next[0].contains("then this ctfs up again"));
+        assert!(differs(state, &Choices::default(), &effective).is_ok());
     }
 
     #[test]

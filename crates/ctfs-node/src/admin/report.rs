@@ -72,9 +72,10 @@ pub struct NodesReport {
     pub servers: Vec<ServerReport>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ServerState {
+    #[default]
     Up,
     /// Does not answer now; its chunks are still counted on.
     Down,
@@ -82,7 +83,7 @@ pub enum ServerState {
     Away,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ServerRole {
     Leader,
@@ -90,11 +91,24 @@ pub enum ServerRole {
     /// Follows the log without a vote.
     Learner,
     /// Not, or not yet, in the log's membership.
+    #[default]
     None,
 }
 
+/// Room on the disk that holds a server's log and metadata.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Room {
+    #[default]
+    Enough,
+    /// What makes the volume larger is refused where most servers are like this.
+    Low,
+    /// It takes no part until there is some.
+    Full,
+}
+
 /// One server of the cluster. `None` means: not known here now.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ServerReport {
     pub name: String,
     /// Its number as 16 hexadecimal digits.
@@ -119,6 +133,17 @@ pub struct ServerReport {
     pub last_heard_secs: Option<u64>,
     /// Log entries it is behind.
     pub lag: Option<u64>,
+    /// Why it takes no further part although it answers: its log failed.
+    #[serde(default)]
+    pub stopped: Option<String>,
+    #[serde(default)]
+    pub room: Room,
+    /// Why its chunk store accepts nothing more.
+    #[serde(default)]
+    pub store_failed: Option<String>,
+    /// Chunks that belong there and found no room.
+    #[serde(default)]
+    pub store_refused: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
