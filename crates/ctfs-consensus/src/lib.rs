@@ -15,6 +15,8 @@ mod boottime;
 mod core;
 mod durable;
 pub mod error;
+#[cfg(test)]
+mod golden;
 pub mod health;
 mod ledger;
 pub mod log;

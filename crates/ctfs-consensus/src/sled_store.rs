@@ -196,7 +196,7 @@ fn sum(key: &[u8], value: &[u8]) -> [u8; SUM_BYTES] {
     crc32c::crc32c_append(crc32c::crc32c_append(sum, key), value).to_le_bytes()
 }
 
-fn seal_value(key: &[u8], value: &[u8]) -> Vec<u8> {
+pub(crate) fn seal_value(key: &[u8], value: &[u8]) -> Vec<u8> {
     let mut sealed = Vec::with_capacity(SUM_BYTES + value.len());
     sealed.extend_from_slice(&sum(key, value));
     sealed.extend_from_slice(value);

@@ -11,6 +11,8 @@ pub mod admin;
 mod answers;
 mod collect;
 mod events;
+#[cfg(test)]
+mod golden;
 mod interfaces;
 mod join;
 mod members;

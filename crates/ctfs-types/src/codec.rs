@@ -89,6 +89,16 @@ mod tests {
     }
 
     #[test]
+    fn the_encoded_bytes_are_those_of_version_1() {
+        let value = (250u8, 250u64, 251u16, 300u32, 1u64 << 40, -3i64, Some("ab".to_owned()), vec![true, false], [7u8; 2]);
+        let bytes = [
+            1, 250, 250, 251, 251, 0, 251, 44, 1, 253, 0, 0, 0, 0, 0, 1, 0, 0, 5, 1, 2, b'a', b'b', 2, 1, 0, 7, 7,
+        ];
+        assert_eq!(encode(1, &value), bytes);
+        assert_eq!(seal(1, &value), [&bytes[..], &[206, 120, 87, 0]].concat());
+    }
+
+    #[test]
     fn a_claimed_length_does_not_allocate() {
         let mut bytes = vec![1, 253];
         bytes.extend_from_slice(&u64::MAX.to_le_bytes());

@@ -20,6 +20,8 @@
 mod care;
 mod files;
 mod frame;
+#[cfg(test)]
+mod golden;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,8 @@
 mod coverage;
 mod flusher;
 mod frame;
+#[cfg(test)]
+pub(crate) mod golden;
 mod marks;
 mod recovery;
 #[cfg(test)]

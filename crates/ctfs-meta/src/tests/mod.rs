@@ -6,6 +6,7 @@
 
 mod claims;
 mod determinism;
+mod golden;
 mod harness;
 mod lock_model;
 mod model;

@@ -1,5 +1,6 @@
 //! Real servers on loopback, and what strangers and broken peers can do to them.
 
+mod golden;
 mod hostile;
 mod members;
 mod strangers;

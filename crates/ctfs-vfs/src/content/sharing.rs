@@ -38,9 +38,6 @@ use crate::{FsError, vfs::KernelCache};
 const CALL_PATIENCE: Duration = Duration::from_secs(8);
 /// An owner that could not be reached is asked again so soon, unless its end is known before.
 const ASK_AGAIN: Duration = Duration::from_millis(300);
-/// How long a file stays shared before a writer takes it again: between two servers that write in
-/// turn it would only go to and fro.
-const SHARED_FOR: Duration = Duration::from_secs(10);
 /// Files given up by one command.
 const GIVE_UP_MAX: usize = 512;
 
@@ -125,7 +122,7 @@ impl Shared {
             FileUse::Owned { holder, .. } if holder == self.me() && !inode.local.lock().holding_is_in_doubt => {
                 Ok(Some(WriteMode::Buffer))
             }
-            FileUse::Shared { since } if !is_over(since) => Ok(Some(WriteMode::Through)),
+            FileUse::Shared { since } if !is_over(since, self.settings.shared_for) => Ok(Some(WriteMode::Through)),
             _ => Ok(None),
         }
     }
@@ -349,10 +346,11 @@ impl Shared {
         inode.entry.abandon_flush();
         inode.entry.discard(range);
         let mut local = inode.local.lock();
-        (local.size, local.mtime, local.since) = (None, None, None);
+        (local.size, local.mtime) = (None, None);
         local.drops_committed = local.drops_wanted;
-        drop(local);
-        if inode.entry.dirty_bytes() == 0 {
+        // While it is in doubt whether they are written after all, the background has to find out.
+        if inode.entry.dirty_bytes() == 0 && !local.in_doubt {
+            local.since = None;
             self.pending.lock().remove(&inode.ino);
         }
     }
@@ -360,7 +358,7 @@ impl Shared {
 
 /// Whether a file that is shared since then may be taken again. A clock that jumped only makes it
 /// change hands sooner.
-fn is_over(since: Timestamp) -> bool {
-    let seconds = super::now().secs.saturating_sub(since.secs);
-    !(0..SHARED_FOR.as_secs() as i64).contains(&seconds)
+fn is_over(since: Timestamp, shared_for: Duration) -> bool {
+    let now = super::now();
+    now < since || now.since(since) >= shared_for
 }
