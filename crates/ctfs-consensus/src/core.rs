@@ -10,7 +10,7 @@ use std::{
 };
 
 use ctfs_meta::SharedNamespace;
-use ctfs_types::{LogIndex, NodeId};
+use ctfs_types::{Incarnation, LogIndex, NodeId};
 use openraft::{EmptyNode, Raft, RaftMetrics, ServerState};
 use parking_lot::Mutex;
 use tokio::{
@@ -94,6 +94,8 @@ impl Numbers {
 pub(crate) struct Core {
     pub settings: Settings,
     pub me: NodeId,
+    /// Which life of this server; see [`Self::incarnation`].
+    pub life: AtomicU64,
     pub health: Health,
     pub raft: Raft<TypeConfig>,
     pub replica: SharedNamespace,
@@ -127,6 +129,11 @@ pub(crate) struct Core {
 }
 
 impl Core {
+    /// The present life of this server: the client of its commands.
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation(self.life.load(Ordering::Relaxed))
+    }
+
     /// Learns from openraft who leads and who belongs to the cluster.
     pub fn observe(&self, metrics: &Metrics) {
         let applied = log_index_of(metrics.last_applied);

@@ -77,16 +77,16 @@ impl From<Fate> for Outcome {
 /// Its verdict is remembered while this lives.
 pub struct Request {
     core: Arc<Core>,
-    /// Of the first proposal: the number, and up to which this server had its answers.
-    number: Mutex<Option<(u64, u64)>>,
+    /// Of the first proposal: the request, and up to which this server had its answers.
+    number: Mutex<Option<(RequestId, u64)>>,
     /// No copy of a command is about that has not been answered.
     once: AtomicBool,
 }
 
 impl Drop for Request {
     fn drop(&mut self) {
-        if let Some((seq, _)) = *self.number.get_mut() {
-            self.core.numbers.lock().done(seq, *self.once.get_mut(), Instant::now());
+        if let Some((request, _)) = *self.number.get_mut() {
+            self.core.numbers.lock().done(request.seq, *self.once.get_mut(), Instant::now());
         }
     }
 }
@@ -108,8 +108,10 @@ impl Request {
         let Ok(place) = timeout_at(deadline, core.places.acquire()).await else { return Err(no_quorum()) };
         let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
 
-        let (seq, answered) = *self.number.lock().get_or_insert_with(|| core.numbers.lock().take(started));
-        let request = RequestId { client: core.settings.incarnation.0, seq };
+        let (request, answered) = *self.number.lock().get_or_insert_with(|| {
+            let (seq, answered) = core.numbers.lock().take(started);
+            (RequestId { client: core.incarnation().0, seq }, answered)
+        });
         let command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op };
         let bytes = encoded_bytes(&command);
         if bytes > COMMAND_BYTES_MAX {

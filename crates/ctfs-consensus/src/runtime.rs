@@ -8,7 +8,7 @@ use std::{
 };
 
 use ctfs_meta::{MetaError, Op, Reply, SharedNamespace};
-use ctfs_types::{LogIndex, NodeId};
+use ctfs_types::{Incarnation, LogIndex, NodeId};
 use openraft::{
     Config, Raft, SnapshotPolicy, Vote,
     raft::{AppendEntriesRequest, InstallSnapshotRequest, VoteRequest, VoteResponse},
@@ -85,6 +85,7 @@ impl Consensus {
         let (outbox, outbox_queue) = mpsc::channel(queued);
         let core = Arc::new(Core {
             me: settings.node,
+            life: AtomicU64::new(settings.incarnation.0),
             health: storage.health,
             raft: raft.clone(),
             replica: storage.replica,
@@ -143,6 +144,16 @@ impl Consensus {
     }
 
     /// The local copy of the namespace. Read it after [`Self::barrier`].
+    pub fn incarnation(&self) -> Incarnation {
+        self.core.incarnation()
+    }
+
+    /// From here on this server speaks in a new life. Commands proposed before are of the old one.
+    pub fn begin_life(&self, incarnation: Incarnation) {
+        self.core.life.store(incarnation.0, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// The local replica.
     pub fn replica(&self) -> SharedNamespace {
         self.core.replica.clone()
     }

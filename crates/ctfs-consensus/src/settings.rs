@@ -12,7 +12,7 @@ pub struct Settings {
     /// Where the log, the store and the snapshots live; made if it is not there.
     pub dir: PathBuf,
     pub node: NodeId,
-    /// This life of the daemon; also the client number of its commands, so it must be unique
+    /// The life in which this server starts; also the client number of its commands, so it must be unique
     /// among all lives of all servers of the volume.
     pub incarnation: Incarnation,
     pub timings: Timings,

@@ -191,7 +191,7 @@ pub(crate) async fn renew(core: Arc<Core>) {
         }
         let asked = BootTime::now();
         let short_of_room = core.health.space() != Space::Enough;
-        let question = Renew { incarnation: core.settings.incarnation, acked, short_of_room };
+        let question = Renew { incarnation: core.incarnation(), acked, short_of_room };
         let answer = if leader == core.me {
             Ok(core.heard(core.me, &question))
         } else {

@@ -212,7 +212,8 @@ impl Shared {
             | Change::Usage { .. }
             | Change::ChunkWanted { .. }
             | Change::ChunkForgotten { .. }
-            | Change::Members => None,
+            | Change::Members
+            | Change::Fenced { .. } => None,
         }
     }
 

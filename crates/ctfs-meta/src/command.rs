@@ -97,6 +97,9 @@ pub enum Op {
     /// Goes on freeing cells that earlier commands took away ([`crate::Namespace::unfreed`]), of
     /// inodes that are there or gone, open or not: nothing that can be read changes.
     FreeCells { inos: Vec<Ino> },
+    /// Ends a life of a server that nobody can reach: what it holds and has locked is free, and none
+    /// of its commands happens any more. Nothing if the server is in another life by now.
+    Fence { node: NodeId, incarnation: Incarnation },
 }
 
 /// Who the cluster is, replicated so that every server can sign joiners.
@@ -251,6 +254,8 @@ pub enum Change {
     /// Nothing refers to the chunk any more and its grace time is over: copies may go.
     ChunkForgotten { chunk: ChunkId },
     Members,
+    /// The life was ended from outside.
+    Fenced { node: NodeId, incarnation: Incarnation },
 }
 
 /// A cell and its extent, as reads and `ctfs info` see it.

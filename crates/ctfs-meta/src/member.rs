@@ -19,6 +19,8 @@ pub struct Member {
     pub capacity: u64,
     pub state: MemberState,
     pub incarnation: Incarnation,
+    /// That life was ended by the others; its server goes on in a new one when it learns of it.
+    pub fenced: bool,
     pub version: String,
     pub joined: Timestamp,
 }

@@ -24,7 +24,6 @@ pub struct ReplicatedMetadata {
     pub consensus: Consensus,
     pub replica: SharedNamespace,
     pub node: NodeId,
-    pub incarnation: Incarnation,
 }
 
 fn no_quorum(error: ProposeError) -> FsError {
@@ -68,7 +67,7 @@ impl Metadata for ReplicatedMetadata {
     }
 
     fn incarnation(&self) -> Incarnation {
-        self.incarnation
+        self.consensus.incarnation()
     }
 
     fn leased(&self) -> bool {

@@ -66,7 +66,11 @@ impl Collector {
                 let replica = self.consensus.replica();
                 let namespace = replica.read();
                 match (namespace.orphans(after, BATCH), namespace.members()) {
-                    (Ok(inos), Ok(members)) => (inos, namespace.applied(), members),
+                    (Ok(inos), Ok(mut members)) => {
+                        // A life that was ended has nothing open that counts.
+                        members.retain(|member| !namespace.is_ended(member.incarnation).unwrap_or(false));
+                        (inos, namespace.applied(), members)
+                    }
                     _ => return,
                 }
             };

@@ -3,7 +3,7 @@
 
 use std::sync::{
     Arc, OnceLock,
-    atomic::{AtomicBool, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
 use ctfs_consensus::Observer;
@@ -12,7 +12,7 @@ use ctfs_meta::Change;
 use ctfs_types::{ChunkId, Incarnation, LogIndex};
 use ctfs_vfs::Vfs;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::repair::Repair;
 
@@ -21,7 +21,9 @@ const FORGOTTEN_MAX: usize = 65536;
 
 pub struct Events {
     /// This life of this server: its own changes need no invalidation of its own kernel.
-    own: Incarnation,
+    own: AtomicU64,
+    /// Fires when this life may have been ended.
+    fenced: Notify,
     vfs: OnceLock<Arc<Vfs>>,
     repair: OnceLock<Arc<Repair>>,
     notifier: Mutex<Option<Notifier>>,
@@ -38,7 +40,8 @@ impl Events {
     pub fn new(own: Incarnation) -> (Arc<Self>, mpsc::Receiver<ChunkId>) {
         let (forgotten, deletions) = mpsc::channel(FORGOTTEN_MAX);
         let events = Self {
-            own,
+            own: AtomicU64::new(own.0),
+            fenced: Notify::new(),
             vfs: OnceLock::new(),
             repair: OnceLock::new(),
             notifier: Mutex::new(None),
@@ -61,6 +64,16 @@ impl Events {
     /// Sets or takes away the kernel to be told; without one everything counts as told.
     pub fn tell_kernel(&self, notifier: Option<Notifier>) {
         *self.notifier.lock() = notifier;
+    }
+
+    /// Returns when this life may have been ended.
+    pub async fn fenced(&self) {
+        self.fenced.notified().await;
+    }
+
+    /// This server goes on in another life.
+    pub fn begin_life(&self, own: Incarnation) {
+        self.own.store(own.0, Relaxed);
     }
 
     /// Fires when the member list may have changed, with the log index of it. This server has
@@ -106,6 +119,7 @@ impl Observer for Events {
                         tracing::debug!(%chunk, "left to the next repair walk");
                     }
                 }
+                Change::Fenced { incarnation, .. } if incarnation.0 == self.own.load(Relaxed) => self.fenced.notify_one(),
                 _ => {}
             }
         }
@@ -116,7 +130,8 @@ impl Observer for Events {
         let notifier = self.notifier.lock();
         match notifier.as_ref() {
             Some(notifier) => {
-                let foreign = changes.into_iter().filter(|(client, _)| *client != self.own.0).map(|(_, change)| change);
+                let own = self.own.load(Relaxed);
+                let foreign = changes.into_iter().filter(|(client, _)| *client != own).map(|(_, change)| change);
                 notifier.apply(index, foreign.collect());
             }
             None => self.told(index),
@@ -126,6 +141,7 @@ impl Observer for Events {
     fn installed_snapshot(&self) {
         self.snapshot_came.store(true, Relaxed);
         self.members.send_modify(|_| {});
+        self.fenced.notify_one();
         if let Some(vfs) = self.vfs.get() {
             vfs.replaced();
         }

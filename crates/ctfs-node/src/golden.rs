@@ -24,6 +24,7 @@ fn member() -> Member {
         state: MemberState::Away,
         incarnation: Incarnation(2),
         version: "0.1.0".into(),
+        fenced: false,
         joined: Timestamp::new(1_000_000, 5),
     }
 }

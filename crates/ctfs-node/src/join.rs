@@ -70,6 +70,7 @@ impl Doorman {
                     state: MemberState::Active,
                     incarnation: Incarnation(0),
                     version: request.version,
+                    fenced: false,
                     joined: Timestamp::from(SystemTime::now()),
                 };
                 let token = *blake3::hash(&request.secret).as_bytes();

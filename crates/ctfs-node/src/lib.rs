@@ -15,6 +15,7 @@ mod events;
 mod golden;
 mod interfaces;
 mod join;
+mod life;
 mod members;
 mod messages;
 mod names;

@@ -27,6 +27,7 @@ use crate::{
     collect::Collector,
     events::Events,
     join::{self, Doorman},
+    life,
     members::Membership,
     messages::{JoinReply, JoinRequest},
     peers::Peers,
@@ -66,10 +67,10 @@ pub struct Node {
     pub(crate) doorman: Arc<Doorman>,
     pub(crate) repair: Arc<Repair>,
     pub(crate) figures: Arc<Figures>,
-    events: Arc<Events>,
+    pub(crate) events: Arc<Events>,
     mount: Mutex<Option<Arc<Mount>>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
-    stop: watch::Sender<bool>,
+    pub(crate) stop: watch::Sender<bool>,
     /// Why this server can no longer take part, once it knows.
     pub(crate) ended: Mutex<Option<Problem>>,
 }
@@ -163,7 +164,7 @@ impl Node {
         let tier = CacheTier::open(TierSettings::new(settings.cache_dir.clone(), settings.cache_size.0))
             .map_err(|error| Problem::io(&format!("open the cache tier in {}", settings.cache_dir.display()), &error))?;
         let figures = Figures::new(network.clone(), consensus.clone(), store.clone(), id);
-        let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: consensus.replica(), node: id, incarnation });
+        let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: consensus.replica(), node: id });
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
         let vfs = Vfs::new(metadata, cluster_chunks, Arc::new(PeerHolders { network: network.clone() }), tier, VfsSettings::default());
@@ -270,7 +271,7 @@ impl Node {
     }
 
     /// Reports the new life when a majority is back: until then the locks of the last one hold.
-    async fn report_life(self: Arc<Self>, incarnation: Incarnation) {
+    pub(crate) async fn report_life(self: Arc<Self>, incarnation: Incarnation) {
         let mut stopping = self.stop.subscribe();
         loop {
             let Ok(Some(member)) = self.member(self.id) else { return };
@@ -425,6 +426,8 @@ impl Node {
             grace: self.settings.gc_grace,
         };
         self.spawn(collector.run(stop()));
+        self.spawn(life::end_silent(self.clone()));
+        self.spawn(life::outlive(self.clone()));
 
         let node = Arc::downgrade(self);
         let (mut members, mut stopping) = (self.events.members(), stop());
@@ -668,6 +671,7 @@ async fn found(
         state: MemberState::Active,
         incarnation,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        fenced: false,
         joined: Timestamp::from(SystemTime::now()),
     };
     let op = Op::Found { cluster: record.identity.clone(), member };

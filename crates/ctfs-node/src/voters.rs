@@ -68,6 +68,7 @@ pub mod tests {
             state,
             incarnation: Incarnation(1),
             version: String::new(),
+            fenced: false,
             joined: Timestamp::new(node as i64, 0),
         }
     }

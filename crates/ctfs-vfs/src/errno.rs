@@ -27,7 +27,7 @@ impl FsError {
             Self::TooFewCopies { .. } => libc::EIO,
             Self::NoSpace | Self::CacheFull => libc::ENOSPC,
             Self::Cache(_) => libc::EIO,
-            Self::LostWrites { .. } => libc::EIO,
+            Self::LostWrites { .. } | Self::LostLocks(_) => libc::EIO,
             Self::TooBig => libc::EFBIG,
             Self::PastEnd => libc::ENXIO,
             // The kernel walks the path once more on ESTALE, and finds what the name leads to now.

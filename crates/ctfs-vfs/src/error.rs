@@ -60,6 +60,10 @@ pub enum FsError {
     #[error("offset is past the last byte")]
     PastEnd,
 
+    /// The program may believe to hold locks that others have by now.
+    #[error("locks on inode {0} were lost while this server was cut off")]
+    LostLocks(Ino),
+
     // Handles and callers.
     /// The inode is gone, or has no name left and is not open here.
     #[error("inode {0} is gone")]

@@ -47,6 +47,8 @@ struct Handle {
     error: Option<FsError>,
     /// Lock owners that locked through this handle.
     lock_owners: BTreeSet<u64>,
+    /// Its locks were given to others while this server was cut off: it must not go on.
+    dead: bool,
 }
 
 /// Handles open on this server.
@@ -94,7 +96,7 @@ impl Handles {
         }
         let id = inner.next;
         inner.next += 1;
-        inner.open.insert(id, Handle { ino, mode, error: None, lock_owners: BTreeSet::new() });
+        inner.open.insert(id, Handle { ino, mode, error: None, lock_owners: BTreeSet::new(), dead: false });
         inner.by_inode.entry(ino).or_default().insert(id);
         Ok(HandleId(id))
     }
@@ -113,9 +115,11 @@ impl Handles {
     }
 
     /// # Errors
-    /// [`FsError::BadHandle`]: no such handle, or it belongs to another inode.
+    /// - [`FsError::BadHandle`]: no such handle, or it belongs to another inode.
+    /// - [`FsError::LostLocks`]: locks were held through it when this server's life was ended.
     pub fn mode(&self, id: HandleId, ino: Ino) -> Result<OpenMode, FsError> {
         match self.inner.lock().open.get(&id.0) {
+            Some(handle) if handle.ino == ino && handle.dead => Err(FsError::LostLocks(ino)),
             Some(handle) if handle.ino == ino => Ok(handle.mode),
             _ => Err(FsError::BadHandle(id.0)),
         }
@@ -144,6 +148,15 @@ impl Handles {
         let inner = self.inner.lock();
         let mut handles = inner.by_inode.get(&ino).into_iter().flatten().filter_map(|id| inner.open.get(id));
         handles.any(|handle| handle.lock_owners.contains(&owner))
+    }
+
+    /// This life of the server was ended: locks that were held have gone to others, and whoever
+    /// believes to hold one must not go on. Nobody is left to unlock for.
+    pub fn lose_locks(&self) {
+        for handle in self.inner.lock().open.values_mut() {
+            handle.dead |= !handle.lock_owners.is_empty();
+            handle.lock_owners.clear();
+        }
     }
 
     /// Lets every handle now open for writing on `ino` report `error` once.

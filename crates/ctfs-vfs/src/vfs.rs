@@ -203,6 +203,19 @@ impl Vfs {
         attr.usage.held_from(self.me()).is_none()
     }
 
+    /// This life of the server was ended while it was cut off: what it held others may have by now.
+    /// Unflushed bytes are dropped and told to who wrote them; handles through which locks were held
+    /// are dead.
+    pub async fn life_ended(&self) {
+        self.handles.lose_locks();
+        self.waiters.wake_all();
+        for ino in self.content.life_ended().await {
+            let why = "this server was cut off for so long that others went on without it".to_owned();
+            self.handles.spread_error(ino, &FsError::LostWrites { ino, why });
+            self.invalidate(vec![Change::Data { ino, offset: 0, len: u64::MAX }, Change::Attr { ino }]);
+        }
+    }
+
     /// Gives up every file that this server holds and could flush; before it stops.
     pub async fn give_up_all(&self) {
         self.content.give_up_all().await;

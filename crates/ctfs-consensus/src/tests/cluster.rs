@@ -157,6 +157,7 @@ pub fn found() -> Op {
             state: MemberState::Active,
             incarnation: Incarnation(1),
             version: "0".to_owned(),
+            fenced: false,
             joined: Timestamp::EPOCH,
         },
     }

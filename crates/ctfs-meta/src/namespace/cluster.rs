@@ -72,8 +72,7 @@ impl Apply<'_, '_> {
         record.uses_left -= 1;
         if record.uses_left == 0 { self.txn.delete(keys::token(token)) } else { self.txn.put(keys::token(token), &record) }
         // A server that joins again is in a new life; what its earlier ones held is free.
-        self.release_everywhere(|owner| owner.node == member.node && owner.incarnation < member.incarnation)?;
-        self.disown_ended(member.node, |life| life < member.incarnation)?;
+        self.end_lives(member.node, |life| life < member.incarnation)?;
         self.put_member(&member);
         Ok(Reply::Joined { member })
     }
@@ -91,18 +90,9 @@ impl Apply<'_, '_> {
             return Err(MetaError::StaleIncarnation.into());
         }
         if incarnation > member.incarnation {
-            self.release_everywhere(|owner| owner.node == node && owner.incarnation < incarnation)?;
-            self.disown_ended(node, |life| life < incarnation)?;
-            // A client is one incarnation of a server: nobody asks for these verdicts any more, and
-            // what of that life is still under way is not carried out.
-            let client = member.incarnation.0;
-            let (from, to) = keys::under(keys::VERDICT, &[client]);
-            for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
-                self.txn.delete(key);
-            }
-            self.txn.put(keys::floor(client), &u64::MAX);
-            // And no copy of its requests that still travels is applied any more.
-            self.txn.put(keys::floor(member.incarnation.0), &u64::MAX);
+            self.end_lives(node, |life| life < incarnation)?;
+            self.forget_client(member.incarnation)?;
+            member.fenced = false;
         }
         member.incarnation = incarnation;
         member.addresses = addresses.to_vec();
@@ -110,6 +100,34 @@ impl Apply<'_, '_> {
         member.version = version.to_owned();
         self.put_member(&member);
         Ok(Reply::Done)
+    }
+
+    pub(super) fn fence(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<Reply> {
+        let member = self.member(node)?;
+        if member.incarnation != incarnation || member.fenced {
+            return Ok(Reply::Done);
+        }
+        self.end_lives(node, |life| life <= incarnation)?;
+        self.forget_client(incarnation)?;
+        self.put_member(&Member { fenced: true, ..member });
+        self.changed(Change::Fenced { node, incarnation });
+        Ok(Reply::Done)
+    }
+
+    fn end_lives(&mut self, node: NodeId, ended: impl Fn(Incarnation) -> bool) -> Outcome<()> {
+        self.release_everywhere(|owner| owner.node == node && ended(owner.incarnation))?;
+        self.disown_ended(node, ended)
+    }
+
+    /// A client is one life of a server: nobody asks for its verdicts any more, and what of it is
+    /// still under way is not carried out.
+    fn forget_client(&mut self, life: Incarnation) -> Outcome<()> {
+        let (from, to) = keys::under(keys::VERDICT, &[life.0]);
+        for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
+            self.txn.delete(key);
+        }
+        self.txn.put(keys::floor(life.0), &keys::ENDED);
+        Ok(())
     }
 
     pub(super) fn set_member_state(&mut self, node: NodeId, state: MemberState) -> Outcome<Reply> {
@@ -123,8 +141,7 @@ impl Apply<'_, '_> {
         let member = self.member(node)?;
         self.txn.delete(keys::member(node));
         self.txn.put(keys::removed_key(&member.key), &self.at);
-        self.release_everywhere(|owner| owner.node == node)?;
-        self.disown_ended(node, |_| true)?;
+        self.end_lives(node, |_| true)?;
         self.changed(Change::Members);
         Ok(Reply::Done)
     }

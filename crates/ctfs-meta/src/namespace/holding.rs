@@ -22,7 +22,7 @@ impl Apply<'_, '_> {
     /// Refuses a life of a server that has ended: nobody would ever free what it gets.
     pub(super) fn is_alive(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<()> {
         match self.txn.get::<Member>(&keys::member(node))? {
-            Some(member) if incarnation < member.incarnation => Err(MetaError::StaleIncarnation.into()),
+            Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) => Err(MetaError::StaleIncarnation.into()),
             Some(_) => Ok(()),
             None if self.txn.get_raw(&keys::cluster())?.is_some() => Err(MetaError::NoSuchMember.into()),
             None => Ok(()),

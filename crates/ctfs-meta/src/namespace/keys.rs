@@ -125,6 +125,9 @@ pub fn floor(client: u64) -> Key {
     verdict(client, 0)
 }
 
+/// As [`floor`]: the client's life has ended, none of its requests happens any more.
+pub const ENDED: u64 = u64::MAX;
+
 pub fn counters() -> Key {
     vec![COUNTERS]
 }

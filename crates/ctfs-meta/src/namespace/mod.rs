@@ -263,6 +263,9 @@ fn run(
         return Ok(verdict);
     }
     let floor: u64 = txn.get(&keys::floor(request.client))?.unwrap_or(0);
+    if floor == keys::ENDED {
+        return Ok(Err(MetaError::StaleIncarnation));
+    }
     if request.seq <= floor {
         // A stray copy: its first one was applied, answered and forgotten.
         return Ok(Err(MetaError::Answered));
@@ -325,6 +328,7 @@ impl Apply<'_, '_> {
             Op::Incarnate { node, incarnation, addresses, capacity, version } => {
                 self.incarnate(*node, *incarnation, addresses, *capacity, version)
             }
+            Op::Fence { node, incarnation } => self.fence(*node, *incarnation),
             Op::SetMemberState { node, state } => self.set_member_state(*node, *state),
             Op::RemoveMember { node } => self.remove_member(*node),
             Op::SetPolicy { ino, policy } => self.set_policy(*ino, *policy),

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
-use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, FileUse, Holder, Ino, NodeId, Timestamp};
+use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, FileUse, Holder, Incarnation, Ino, NodeId, Timestamp};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -231,6 +231,11 @@ impl Namespace {
 
     pub fn member(&self, node: NodeId) -> Read<Option<Member>> {
         self.record(&keys::member(node))
+    }
+
+    /// Whether a life of a server was ended, by a newer one or from outside.
+    pub fn is_ended(&self, life: Incarnation) -> Read<bool> {
+        Ok(self.record(&keys::floor(life.0))? == Some(keys::ENDED))
     }
 
     pub fn members(&self) -> Read<Vec<Member>> {

@@ -94,6 +94,7 @@ fn ops() -> Vec<Op> {
         Op::SetAttr { ino: file, set: SetAttr { size: Some(0), ..SetAttr::default() } },
         Op::FreeCells { inos: vec![file] },
         Op::SetMemberState { node: NodeId(2), state: MemberState::Away },
+        Op::Fence { node: NodeId(2), incarnation: Incarnation(2) },
         Op::Incarnate {
             node: NodeId(1),
             incarnation: Incarnation(7),

@@ -292,6 +292,7 @@ pub fn member(n: u64) -> Member {
         state: MemberState::Active,
         incarnation: Incarnation(1),
         version: "0.1.0".into(),
+        fenced: false,
         joined: time(0),
     }
 }

@@ -71,6 +71,9 @@ pub struct ContentSettings {
     /// How long another server that holds a file is waited for. Longer than it takes to declare it
     /// ended.
     pub holder_patience: Duration,
+    /// How long a file stays shared before a writer takes it again: between two servers that write
+    /// in turn it would only go to and fro.
+    pub shared_for: Duration,
     /// How long a write waits for room in the cache tier before it fails.
     pub room_patience: Duration,
     /// A chunk put longer ago than this is put again before the metadata name it: half the grace
@@ -89,6 +92,7 @@ impl Default for ContentSettings {
             dirty_age_max: Duration::from_secs(5),
             dirty_inode_bytes: 32 << 20,
             holder_patience: Duration::from_secs(20),
+            shared_for: Duration::from_secs(10),
             room_patience: Duration::from_secs(30),
             put_age_max: Duration::from_secs(300),
             transfers: 8,
@@ -320,6 +324,12 @@ impl Content {
     /// What kept it from being flushed or given up; this server holds it on.
     pub async fn give_up(&self, ino: Ino) -> Result<(), FsError> {
         self.shared.give_up(ino).await
+    }
+
+    /// Drops what was not flushed, because this life may not write any more; answers which files
+    /// lost bytes.
+    pub async fn life_ended(&self) -> Vec<Ino> {
+        self.shared.life_ended().await
     }
 
     /// Gives up every file held here that has nothing pending.

@@ -305,6 +305,24 @@ impl Shared {
         }
     }
 
+    pub(super) async fn life_ended(&self) -> Vec<Ino> {
+        let pending: Vec<Arc<Inode>> = self.pending.lock().values().cloned().collect();
+        let mut lost = Vec::new();
+        for inode in pending {
+            let _gate = inode.gate.write().await;
+            let mut turn = inode.flushing.lock().await;
+            // Whatever was in doubt: it is not this server's business any more.
+            *turn = None;
+            if inode.entry.dirty_bytes() > 0 || inode.local.lock().size.is_some() {
+                lost.push(inode.ino);
+            }
+            inode.local.lock().in_doubt = false;
+            self.unwrite(&inode, 0..u64::MAX);
+        }
+        self.drained.notify_waiters();
+        lost
+    }
+
     /// Writes bytes so that they are in the metadata when this answers. The caller has entered the
     /// gate, and the file is shared: nothing of it is buffered here.
     pub(super) async fn write_through(

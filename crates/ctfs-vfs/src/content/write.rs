@@ -40,11 +40,11 @@ impl Shared {
                 continue;
             }
             let written = self.write_in_mode(&inode, mode, place, &data, drop_privileges, pages).await;
-            drop(gate);
-            // A lease that ended meanwhile may have let others take the file.
-            if mode == WriteMode::Buffer && !self.meta.leased() {
+            if mode == WriteMode::Buffer {
+                // A pause in between may have ended this life, and others have the file.
                 self.be_current().await?;
                 if self.write_mode(&inode)? != Some(WriteMode::Buffer) {
+                    drop(gate);
                     return Err(FsError::LostWrites { ino, why: "this server was cut off while it wrote".into() });
                 }
             }

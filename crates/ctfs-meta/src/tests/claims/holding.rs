@@ -106,6 +106,29 @@ fn what_an_ended_life_held_is_free_and_it_takes_nothing_more() {
 }
 
 #[test]
+fn a_fenced_life_loses_what_it_holds_and_does_nothing_more() {
+    let (mut volume, ino) = volume();
+    let (one, life) = (NodeId(1), Incarnation(1));
+    let holder = Holder { node: one, incarnation: life };
+    volume.ok(own(ino, holder));
+    let lock = super::super::harness::record_lock(super::super::harness::owner(1, 1, 7), true, 0, 9);
+    volume.ok(Op::Lock { ino, lock: lock.clone() });
+    volume.ok(Op::Fence { node: one, incarnation: life });
+    assert!(volume.changes.contains(&Change::Fenced { node: one, incarnation: life }));
+    assert_eq!(volume.attr(ino).usage, FileUse::Free);
+    assert_eq!(volume.ns.locks(ino, crate::LockKind::Record).unwrap(), []);
+    assert!(volume.ns.is_ended(life).unwrap());
+    assert_eq!(volume.run(own(ino, holder)), Err(MetaError::StaleIncarnation));
+    assert_eq!(volume.run(Op::Lock { ino, lock }), Err(MetaError::StaleIncarnation));
+    // The server goes on in a new life, which a late copy of the fence does not touch.
+    let incarnation = Incarnation(2);
+    volume.ok(Op::Incarnate { node: one, incarnation, addresses: vec![], capacity: 1, version: String::new() });
+    volume.ok(own(ino, Holder { node: one, incarnation }));
+    volume.ok(Op::Fence { node: one, incarnation: life });
+    assert!(holds(&volume, ino, Holder { node: one, incarnation }));
+}
+
+#[test]
 fn an_append_is_refused_when_the_file_has_grown() {
     let (mut volume, ino) = volume();
     let append = |at: u64, to: u64| Op::Write {

@@ -106,8 +106,8 @@ fn a_stray_request_of_an_ended_life_does_nothing() {
         capacity: 1,
         version: "2".into(),
     });
-    assert_eq!(volume.apply(&[request]), [Err(MetaError::Answered)]);
-    assert_eq!(volume.apply(&[command(life, 2, 1, make("b"))]), [Err(MetaError::Answered)]);
+    assert_eq!(volume.apply(&[request]), [Err(MetaError::StaleIncarnation)]);
+    assert_eq!(volume.apply(&[command(life, 2, 1, make("b"))]), [Err(MetaError::StaleIncarnation)]);
     assert_eq!(volume.attr(ROOT).size, 0);
     assert!(volume.apply(&[command(life + 1, 1, 0, make("b"))])[0].is_ok());
 }

@@ -13,7 +13,7 @@ use ctfs_meta::MetaError;
 use ctfs_types::{Attr, Ino};
 use memory::{Cluster, Server};
 
-use crate::{Caller, FsError, HandleId, Vfs, VfsSettings};
+use crate::{Caller, FsError, HandleId, Metadata as _, Vfs, VfsSettings};
 
 pub const ALICE: Caller = Caller { uid: 1000, gid: 1000, pid: 0 };
 pub const ROOT: Ino = Ino::ROOT;
@@ -39,6 +39,26 @@ impl World {
     /// Holds the servers' cache directories: `tier-1` and so on.
     pub fn dir(&self) -> &std::path::Path {
         self.dir.path()
+    }
+
+    /// Makes the first server a member, so that its life can be ended.
+    pub async fn found(&self) {
+        use ctfs_meta::{ClusterIdentity, Member, MemberState, Op};
+        let member = Member {
+            node: ctfs_types::NodeId(1),
+            name: "s1".into(),
+            zone: "z".into(),
+            key: [1; 32],
+            addresses: vec![],
+            capacity: 1,
+            state: MemberState::Active,
+            incarnation: ctfs_types::Incarnation(1),
+            version: String::new(),
+            fenced: false,
+            joined: ctfs_types::Timestamp::EPOCH,
+        };
+        let cluster = ClusterIdentity { id: [0; 16], name: "test".into(), ca_certificate: vec![] };
+        self.servers[0].meta.propose(Op::Found { cluster, member }).await.unwrap();
     }
 
     pub fn vfs(&self, server: usize) -> &Arc<Vfs> {

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use ctfs_types::FileUse;
 
 use super::*;
+use crate::LockRequest;
 
 async fn append(vfs: &Vfs, ino: Ino, handle: HandleId, bytes: &[u8]) {
     let written = vfs.write(Caller::ROOT, ino, handle, 0, Bytes::copy_from_slice(bytes), false, false).await.unwrap();
@@ -140,4 +141,29 @@ async fn a_holder_that_cannot_be_asked_is_waited_for_in_bounded_time() {
     assert_eq!(error.errno(), libc::EIO);
     let handle = open(world.vfs(1), file(world.vfs(1), ROOT, "other", b"fine").await.ino, libc::O_RDONLY).await;
     world.vfs(1).release(handle).await;
+}
+
+#[tokio::test]
+async fn a_server_whose_life_was_ended_loses_what_it_had_not_flushed_and_says_so() {
+    let world = World::new(2);
+    world.found().await;
+    let (attr, opened) = world.vfs(0).create(Caller::ROOT, ROOT, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
+    write(world.vfs(0), attr.ino, opened.handle, 0, b"safe").await;
+    world.vfs(0).fsync(attr.ino, opened.handle).await.unwrap();
+    write(world.vfs(0), attr.ino, opened.handle, 4, b"not safe").await;
+    let locked = open(world.vfs(0), attr.ino, libc::O_RDWR).await;
+    let request = LockRequest { owner: 5, exclusive: true, start: 0, end: 9, pid: 1 };
+    world.vfs(0).setlk(attr.ino, locked, request, false, 1).await.unwrap();
+
+    let fence = ctfs_meta::Op::Fence { node: ctfs_types::NodeId(1), incarnation: ctfs_types::Incarnation(1) };
+    world.servers[1].meta.propose(fence).await.unwrap();
+    world.vfs(0).life_ended().await;
+
+    assert_eq!(content(world.vfs(1), attr.ino).await, b"safe", "what was synced is there, and no more");
+    let handle = open(world.vfs(1), attr.ino, libc::O_RDWR).await;
+    world.vfs(1).setlk(attr.ino, handle, request, false, 1).await.expect("the lock is free");
+    let error = world.vfs(0).fsync(attr.ino, opened.handle).await.unwrap_err();
+    assert!(matches!(error, FsError::LostWrites { .. }), "{error}");
+    let error = world.vfs(0).read_file(attr.ino, locked, 0, 10).await.unwrap_err();
+    assert_eq!(error, FsError::LostLocks(attr.ino), "who believed to hold the lock does not go on");
 }
