@@ -17,9 +17,9 @@ use super::{
 };
 use crate::{Change, Reply, StoreError};
 
-/// Cells that one command frees: some 30 ms. Fewer make more commands of a large file, more make
-/// whoever reads meanwhile wait longer. A rule of the state machine: with another number the same
-/// log makes another state.
+/// Cells that one command frees: some tens of milliseconds. Fewer make more commands of a large
+/// file, more make whoever reads meanwhile wait longer. A rule of the state machine: with another
+/// number the same log makes another state.
 pub const CELLS_FREED_MAX: usize = 1024;
 
 /// In `[first, end)` the cells with a stamp below `before` are dead.
