@@ -33,7 +33,8 @@ pub async fn end_silent(node: Arc<Node>) {
             () = stop::requested(&mut stopping) => return,
         }
         let status = node.consensus.status();
-        if !status.is_leader {
+        // One that is cut off itself hears nobody, and may have been replaced.
+        if !status.is_leader || !status.leased {
             leads_since = None;
             continue;
         }
