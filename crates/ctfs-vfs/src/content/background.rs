@@ -29,15 +29,20 @@ pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
         if shared.closed.load(Relaxed) {
             return;
         }
-        shared.drop_reaped();
         shared.keep_reserve().await;
-        shared.start_flushes();
-        shared.give_up_idle().await;
-        shared.drop_idle();
+        shared.work_in_background().await;
     }
 }
 
 impl Shared {
+    /// One round of what is due.
+    pub(super) async fn work_in_background(self: &Arc<Self>) {
+        self.drop_reaped();
+        self.start_flushes();
+        self.give_up_idle().await;
+        self.drop_idle();
+    }
+
     fn drop_reaped(&self) {
         let reaped = std::mem::take(&mut *self.reaped.lock());
         for ino in reaped {

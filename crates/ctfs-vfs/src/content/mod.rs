@@ -71,6 +71,8 @@ pub struct ContentSettings {
     /// How long another server that holds a file is waited for. Longer than it takes to declare it
     /// ended.
     pub holder_patience: Duration,
+    /// An owner that could not be reached is asked again so soon, unless its end is known before.
+    pub ask_again: Duration,
     /// How long a file stays shared before a writer takes it again: between two servers that write
     /// in turn it would only go to and fro.
     pub shared_for: Duration,
@@ -92,6 +94,7 @@ impl Default for ContentSettings {
             dirty_age_max: Duration::from_secs(5),
             dirty_inode_bytes: 32 << 20,
             holder_patience: Duration::from_secs(20),
+            ask_again: Duration::from_millis(300),
             shared_for: Duration::from_secs(10),
             room_patience: Duration::from_secs(30),
             put_age_max: Duration::from_secs(300),
@@ -355,6 +358,14 @@ impl Content {
         self.shared.set_attr(ino, set).await
     }
 
+    /// Has the metadata know that earlier writes, of whichever server, dropped setuid and friends.
+    ///
+    /// # Errors
+    /// As [`Self::claim`].
+    pub async fn commit_drops(&self, ino: Ino) -> Result<(), FsError> {
+        self.shared.commit_drops(ino).await
+    }
+
     /// fallocate(2). Nothing is reserved: there is no room that only one file could have.
     ///
     /// # Errors
@@ -447,6 +458,12 @@ impl Content {
     pub fn close(&self) {
         self.shared.closed.store(true, Relaxed);
         self.shared.kick.notify_one();
+    }
+
+    /// One round of the background task, which otherwise comes when it comes.
+    #[cfg(test)]
+    pub(crate) async fn work_in_background(&self) {
+        self.shared.work_in_background().await;
     }
 
     /// Unflushed bytes of all files.

@@ -6,7 +6,7 @@ use ctfs_meta::MetaError;
 use ctfs_types::Ino;
 use tokio::time::Instant;
 
-use super::{Inode, Pages, Shared, attr_of, sharing::WriteMode};
+use super::{Inode, Pages, Shared, attr_of};
 use crate::FsError;
 
 /// Cells looked at in one go while searching for data, at first; doubled while none is found.
@@ -102,12 +102,8 @@ impl Shared {
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
             self.settle(source, Pages::Unlocked).await?;
-            let mode = self.claim(&writer, Pages::Unlocked).await?;
-            let copied = self.copy_settled(&reader, from, &writer, to, len).await;
-            if mode == WriteMode::Through {
-                self.flush(target).await?;
-            }
-            match copied {
+            self.claim(&writer, Pages::Unlocked).await?;
+            match self.copy_settled(&reader, from, &writer, to, len).await {
                 // A file changed hands before the first byte.
                 Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => {}
                 copied => return copied,

@@ -6,8 +6,10 @@ use ctfs_meta::{MetaError, Op, Reply, SetAttr};
 use ctfs_types::{Attr, Ino, limits::FILE_BYTES_MAX};
 use tokio::time::Instant;
 
-use super::{Inode, Pages, Shared, attr_of, extent_of, flush::Cut, sharing::WriteMode, write::Place};
+use super::{Inode, Pages, Shared, attr_of, doubt::Turn, extent_of, flush::Cut, sharing::WriteMode, write::Place};
 use crate::FsError;
+
+const CAPABILITY: &[u8] = b"security.capability";
 
 /// Marks a truncate as under way, until it is done or given up.
 struct CutMark<'a>(&'a Inode);
@@ -50,14 +52,8 @@ impl Shared {
         };
         let mut turn = inode.flushing.lock().await;
         // Earlier writes that drop setuid come before a chmod that sets it.
-        let drop_first = set.mode.is_some() && inode.local.lock().drop_is_pending();
-        if drop_first {
-            let pending = inode.local.lock().mtime;
-            let mtime = Some(self.mtime_to_commit(ino, pending)?);
-            let op = Op::Write { ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true, appends_at: None };
-            self.propose_in_turn(&inode, &mut turn, op).await?;
-            let mut local = inode.local.lock();
-            local.drops_committed = local.drops_wanted;
+        if set.mode.is_some() {
+            self.commit_drops_in_turn(&inode, &mut turn).await?;
         }
         let (size, times) = (set.size, set.mtime.is_some());
         let cut = size.map(|_| CutMark::set(self, &inode)).transpose()?;
@@ -87,6 +83,36 @@ impl Shared {
         Ok(attr)
     }
 
+    /// Has the metadata drop what earlier writes took away: setuid, setgid, `security.capability`.
+    pub(super) async fn commit_drops(&self, ino: Ino) -> Result<(), FsError> {
+        let deadline = Instant::now() + self.settings.holder_patience;
+        loop {
+            self.settle(ino, Pages::Unlocked).await?;
+            let inode = self.inode(ino)?;
+            let mut turn = inode.flushing.lock().await;
+            match self.commit_drops_in_turn(&inode, &mut turn).await {
+                Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => {}
+                decided => return decided,
+            }
+        }
+    }
+
+    async fn commit_drops_in_turn(&self, inode: &Arc<Inode>, turn: &mut Turn) -> Result<(), FsError> {
+        let (wanted, mtime) = {
+            let local = inode.local.lock();
+            if !local.drop_is_pending() {
+                return Ok(());
+            }
+            (local.drops_wanted, local.mtime)
+        };
+        let mtime = Some(self.mtime_to_commit(inode.ino, mtime)?);
+        let op = Op::Write { ino: inode.ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true, appends_at: None };
+        self.propose_in_turn(inode, turn, op).await?;
+        let mut local = inode.local.lock();
+        local.drops_committed = local.drops_committed.max(wanted);
+        Ok(())
+    }
+
     pub(super) async fn allocate(&self, ino: Ino, mode: i32, offset: u64, len: u64) -> Result<(), FsError> {
         let end = offset.checked_add(len).filter(|&end| end <= FILE_BYTES_MAX).ok_or(FsError::TooBig)?;
         if len == 0 {
@@ -100,17 +126,39 @@ impl Shared {
             _ => return Err(FsError::Unsupported("this mode of fallocate")),
         };
         let inode = self.inode(ino)?;
+        let deadline = Instant::now() + self.settings.holder_patience;
         loop {
             let mode = self.claim(&inode, Pages::Unlocked).await?;
             let _gate = inode.gate.write().await;
-            if self.write_mode(&inode)? == Some(mode) {
-                self.allocate_claimed(&inode, keep_size, zero, offset..end).await?;
-                return match mode {
-                    WriteMode::Buffer => Ok(()),
-                    WriteMode::Through => self.flush(ino).await,
-                };
+            if self.write_mode(&inode)? != Some(mode) {
+                continue;
+            }
+            let allocated = self.allocate_claimed(&inode, keep_size, zero, offset..end).await;
+            let allocated = match mode {
+                WriteMode::Buffer => allocated,
+                WriteMode::Through => self.end_through(&inode, allocated, offset..end).await,
+            };
+            match allocated {
+                // Another server took the file on the way: once more.
+                Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => {}
+                decided => return decided,
             }
         }
+    }
+
+    /// Flushes what an operation wrote into a range of a shared file, or takes it back: other servers
+    /// write there, and nothing that failed may be merged over theirs later. The caller holds the gate
+    /// alone.
+    async fn end_through(&self, inode: &Arc<Inode>, done: Result<(), FsError>, range: Range<u64>) -> Result<(), FsError> {
+        let mut turn = inode.flushing.lock().await;
+        let flushed = match done {
+            Ok(()) => self.flush_locked(inode, &mut turn, Cut::Everything).await,
+            failed => failed,
+        };
+        if flushed.is_err() {
+            self.unwrite(inode, range);
+        }
+        flushed
     }
 
     /// The caller holds the gate alone.
@@ -206,7 +254,22 @@ impl Shared {
         let op = Op::CloneCells { source, first, ino: target.ino, to, cells, size_at_least };
         self.propose_in_turn(target, &mut turn, op).await?;
         target.entry.drop_clean(grid.start_of(to)..grid.start_of(to + cells));
-        self.touch(target, &mut target.local.lock(), true);
-        Ok(())
+        self.drop_privileges(target, &mut turn).await
+    }
+
+    /// Takes setuid, setgid and `security.capability` from a file whose bytes changed in the metadata.
+    async fn drop_privileges(&self, inode: &Arc<Inode>, turn: &mut Turn) -> Result<(), FsError> {
+        {
+            let ns = self.meta.replica().read();
+            if attr_of(&ns, inode.ino)?.mode & 0o6000 == 0 && ns.xattr(inode.ino, CAPABILITY)?.is_none() {
+                return Ok(());
+            }
+        }
+        {
+            let mut local = inode.local.lock();
+            local.drops_wanted += 1;
+            self.has_something_pending(inode, &mut local);
+        }
+        self.commit_drops_in_turn(inode, turn).await
     }
 }

@@ -36,8 +36,6 @@ use crate::{FsError, vfs::KernelCache};
 
 /// How long one call to an owner may take. It may have to flush much first.
 const CALL_PATIENCE: Duration = Duration::from_secs(8);
-/// An owner that could not be reached is asked again so soon, unless its end is known before.
-const ASK_AGAIN: Duration = Duration::from_millis(300);
 /// Files given up by one command.
 const GIVE_UP_MAX: usize = 512;
 
@@ -155,7 +153,7 @@ impl Shared {
         if Instant::now() >= deadline {
             return Err(MetaError::Held { ino, holder }.into());
         }
-        let _ = timeout_at(deadline.min(Instant::now() + ASK_AGAIN), changed).await;
+        let _ = timeout_at(deadline.min(Instant::now() + self.settings.ask_again), changed).await;
         Ok(())
     }
 
@@ -182,7 +180,7 @@ impl Shared {
             if Instant::now() >= deadline {
                 return Err(MetaError::Held { ino, holder }.into());
             }
-            let _ = timeout_at(deadline.min(Instant::now() + ASK_AGAIN), changed).await;
+            let _ = timeout_at(deadline.min(Instant::now() + self.settings.ask_again), changed).await;
         }
     }
 
@@ -201,12 +199,23 @@ impl Shared {
                 continue;
             }
             let _waits = self.waits.enter(ino, pages);
+            // What is written through is placed by what the metadata say alone, so none of it may be
+            // under way when others here begin to buffer.
+            let _gate = inode.gate.write().await;
+            let usage = self.usage(ino)?;
+            if self.write_mode(inode)?.is_some() || usage.held_from(me).is_some() {
+                continue;
+            }
             let although_shared = matches!(usage, FileUse::Shared { .. });
             match self.meta.propose(Op::Own { ino, holder: me, although_shared }).await {
                 Ok(_) => inode.local.lock().holding_is_in_doubt = false,
                 // Somebody was faster: look again.
                 Err(FsError::Meta(MetaError::Held { .. } | MetaError::Shared(_))) if Instant::now() < deadline => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // It may still happen, while something is written through.
+                    inode.local.lock().holding_is_in_doubt = true;
+                    return Err(error);
+                }
             }
         }
     }
@@ -360,7 +369,7 @@ impl Shared {
         }
     }
 
-    fn unwrite(&self, inode: &Inode, range: std::ops::Range<u64>) {
+    pub(super) fn unwrite(&self, inode: &Inode, range: std::ops::Range<u64>) {
         inode.entry.abandon_flush();
         inode.entry.discard(range);
         let mut local = inode.local.lock();

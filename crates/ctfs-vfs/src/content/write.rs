@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use ctfs_meta::MetaError;
 use ctfs_types::{Ino, limits::FILE_BYTES_MAX};
 use tokio::time::{Instant, timeout_at};
 
@@ -32,6 +33,7 @@ impl Shared {
         pages: Pages,
     ) -> Result<(u64, u32), FsError> {
         let inode = self.inode(ino)?;
+        let deadline = Instant::now() + self.settings.holder_patience;
         loop {
             let mode = self.claim(&inode, pages).await?;
             let gate = inode.enter().await;
@@ -40,6 +42,11 @@ impl Shared {
                 continue;
             }
             let written = self.write_in_mode(&inode, mode, place, &data, drop_privileges, pages).await;
+            match written {
+                // Another server took the file on the way; nothing was written.
+                Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => continue,
+                _ => {}
+            }
             if mode == WriteMode::Buffer {
                 // A pause in between may have ended this life, and others have the file.
                 self.be_current().await?;
@@ -158,6 +165,11 @@ impl Shared {
     pub(super) fn touch(&self, inode: &Arc<Inode>, local: &mut Local, drop_privileges: bool) {
         local.mtime = Some(now());
         local.drops_wanted += u64::from(drop_privileges);
+        self.has_something_pending(inode, local);
+    }
+
+    /// The background looks after it if nobody else does.
+    pub(super) fn has_something_pending(&self, inode: &Arc<Inode>, local: &mut Local) {
         if local.since.is_none() {
             local.since = Some(std::time::Instant::now());
             self.pending.lock().insert(inode.ino, inode.clone());

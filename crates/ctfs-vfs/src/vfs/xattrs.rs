@@ -87,6 +87,10 @@ impl Vfs {
         if name == ACL_ACCESS {
             self.keep_setgid_honest(caller, ino).await?;
         }
+        if name == b"security.capability" && self.read(|ns| Self::attr_of(ns, ino)).await?.kind == FileKind::File {
+            // What earlier writes drop when they are flushed is not what is set now.
+            self.content.commit_drops(ino).await?;
+        }
         self.meta.propose(Op::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), mode }).await.map(drop)
     }
 

@@ -26,6 +26,17 @@ use tokio::sync::watch;
 /// How long a proposer waits for the servers: the length of a lease.
 const LEASE: Duration = Duration::from_secs(3);
 
+/// How the cluster treats what its servers ask for. Still air unless a test says otherwise.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Weather {
+    /// Others run up to so many times before a question is heard, and again before it is answered.
+    pub pauses: u32,
+    /// Of 256 proposals, so many end without an answer; half of these were applied.
+    pub lost: u32,
+    /// Of 256 chunks to be put, so many find too few servers.
+    pub failed_puts: u32,
+}
+
 /// Told of each entry: who proposed it, its index, what it changed.
 type Listener = Box<dyn Fn(NodeId, LogIndex, &[Change]) + Send + Sync>;
 
@@ -37,7 +48,9 @@ pub struct Cluster {
     listeners: Mutex<Vec<Listener>>,
     told: Mutex<Vec<watch::Receiver<LogIndex>>>,
     chunks: Mutex<BTreeMap<ChunkId, Bytes>>,
-    servers: Mutex<BTreeMap<NodeId, (Weak<Vfs>, Arc<MemoryMeta>)>>,
+    servers: Mutex<BTreeMap<NodeId, (Weak<Vfs>, Weak<MemoryMeta>)>>,
+    weather: Mutex<Weather>,
+    chance: AtomicU64,
 }
 
 impl Cluster {
@@ -51,7 +64,40 @@ impl Cluster {
             told: Mutex::default(),
             chunks: Mutex::default(),
             servers: Mutex::default(),
+            weather: Mutex::default(),
+            chance: AtomicU64::new(1),
         })
+    }
+
+    pub fn set_weather(&self, weather: Weather) {
+        *self.weather.lock() = weather;
+    }
+
+    /// From here on chance goes as `seed` says.
+    pub fn seed(&self, seed: u64) {
+        self.chance.store(seed, Ordering::SeqCst);
+    }
+
+    /// SplitMix64 (Steele et al., 2014).
+    fn random(&self) -> u64 {
+        let state = self.chance.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::SeqCst);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn strikes(&self, of_256: u32) -> bool {
+        of_256 > 0 && self.random() % 256 < u64::from(of_256)
+    }
+
+    /// Lets others run, as the network would.
+    async fn pause(&self) {
+        let pauses = self.weather.lock().pauses;
+        if pauses > 0 {
+            for _ in 0..self.random() % u64::from(pauses + 1) {
+                tokio::task::yield_now().await;
+            }
+        }
     }
 
     pub fn listen(&self, listener: Listener) {
@@ -65,6 +111,17 @@ impl Cluster {
 
     /// Another server of this cluster, numbered `node`, with its cache tier in `dir`.
     pub fn server(self: &Arc<Self>, node: u64, dir: &Path, settings: VfsSettings) -> Server {
+        self.server_with_cache(node, dir, settings, 256 << 20)
+    }
+
+    /// As [`Self::server`], with a cache tier of so many bytes.
+    pub fn server_with_cache(
+        self: &Arc<Self>,
+        node: u64,
+        dir: &Path,
+        settings: VfsSettings,
+        cache_bytes: u64,
+    ) -> Server {
         let meta = Arc::new_cyclic(|itself| MemoryMeta {
             itself: itself.clone(),
             cluster: self.clone(),
@@ -72,7 +129,7 @@ impl Cluster {
             leased: AtomicBool::new(true),
             cut_off: AtomicBool::new(false),
         });
-        let tier = CacheTier::open(TierSettings::new(dir.join(format!("tier-{node}")), 256 << 20)).unwrap();
+        let tier = CacheTier::open(TierSettings::new(dir.join(format!("tier-{node}")), cache_bytes)).unwrap();
         let vfs = Vfs::new(
             meta.clone(),
             Arc::new(MemoryChunks(self.clone())),
@@ -80,9 +137,13 @@ impl Cluster {
             tier,
             settings,
         );
-        self.servers.lock().insert(NodeId(node), (Arc::downgrade(&vfs), meta.clone()));
-        let told = vfs.clone();
-        self.listen(Box::new(move |_, _, changes| told.changed(changes)));
+        self.servers.lock().insert(NodeId(node), (Arc::downgrade(&vfs), Arc::downgrade(&meta)));
+        let told = Arc::downgrade(&vfs);
+        self.listen(Box::new(move |_, _, changes| {
+            if let Some(vfs) = told.upgrade() {
+                vfs.changed(changes);
+            }
+        }));
         Server { vfs, meta }
     }
 }
@@ -106,6 +167,12 @@ impl MemoryMeta {
     pub fn cut_off(&self) {
         self.leased.store(false, Ordering::SeqCst);
         self.cut_off.store(true, Ordering::SeqCst);
+    }
+
+    /// Proposes for this server what no operation of the file system does.
+    pub async fn propose_op(&self, op: Op) -> Result<Reply, FsError> {
+        let seq = self.cluster.requests.fetch_add(1, Ordering::SeqCst) + 1;
+        self.propose_as(seq, op).await
     }
 
     fn reach(&self) -> Result<(), FsError> {
@@ -156,6 +223,11 @@ impl Request for Numbered {
 impl MemoryMeta {
     async fn propose_as(&self, seq: u64, op: Op) -> Result<Reply, FsError> {
         self.reach()?;
+        self.cluster.pause().await;
+        let lost = self.cluster.strikes(self.cluster.weather.lock().lost);
+        if lost && self.cluster.random() % 2 == 0 {
+            return Err(FsError::NoQuorum { waited: LEASE });
+        }
         let (index, verdict) = {
             let mut order = self.cluster.order.lock();
             *order += 1;
@@ -178,23 +250,11 @@ impl MemoryMeta {
             // A server that is late is waited for once, for at most a lease.
             let _ = tokio::time::timeout(LEASE, told.wait_for(|told| *told >= index)).await;
         }
+        self.cluster.pause().await;
+        if lost {
+            return Err(FsError::NoQuorum { waited: LEASE });
+        }
         Ok(verdict?)
-    }
-
-    async fn barrier(&self) -> Result<(), FsError> {
-        self.reach()
-    }
-
-    fn node(&self) -> NodeId {
-        self.node
-    }
-
-    fn incarnation(&self) -> Incarnation {
-        Incarnation(self.node.0)
-    }
-
-    fn leased(&self) -> bool {
-        self.leased.load(Ordering::SeqCst)
     }
 }
 
@@ -205,19 +265,29 @@ impl MemoryHolders {
         let away = |why: &str| FsError::HolderAway { node: holder.node, why: why.to_owned() };
         let cluster = self.0.upgrade().ok_or_else(|| away("the cluster is gone"))?;
         let (vfs, meta) = cluster.servers.lock().get(&holder.node).cloned().ok_or_else(|| away("no such server"))?;
-        meta.reach()?;
+        meta.upgrade().ok_or_else(|| away("it is down"))?.reach()?;
         vfs.upgrade().ok_or_else(|| away("it is down"))
+    }
+
+    async fn pause(&self) {
+        if let Some(cluster) = self.0.upgrade() {
+            cluster.pause().await;
+        }
     }
 }
 
 #[async_trait]
 impl Holders for MemoryHolders {
     async fn recall(&self, holder: Holder, ino: Ino) -> Result<(), FsError> {
-        self.reach(holder)?.give_up(ino).await
+        let given = self.reach(holder)?.give_up(ino).await;
+        self.pause().await;
+        given
     }
 
     async fn peek(&self, holder: Holder, ino: Ino) -> Result<Attr, FsError> {
-        self.reach(holder)?.peek_here(ino).await
+        let seen = self.reach(holder)?.peek_here(ino).await;
+        self.pause().await;
+        seen
     }
 }
 
@@ -226,10 +296,15 @@ struct MemoryChunks(Arc<Cluster>);
 #[async_trait]
 impl ChunkAccess for MemoryChunks {
     async fn get(&self, id: ChunkId, _len: u32) -> Result<Bytes, FsError> {
+        self.0.pause().await;
         self.0.chunks.lock().get(&id).cloned().ok_or(FsError::ChunkLost { chunk: id })
     }
 
     async fn put(&self, bytes: Bytes, _copies: u8) -> Result<ChunkId, FsError> {
+        self.0.pause().await;
+        if self.0.strikes(self.0.weather.lock().failed_puts) {
+            return Err(FsError::TooFewCopies { wanted: 2, synced: 1 });
+        }
         let id = ChunkId(*blake3::hash(&bytes).as_bytes());
         self.0.chunks.lock().insert(id, bytes);
         Ok(id)

@@ -4,6 +4,7 @@
 pub mod memory;
 mod claims;
 mod locks;
+mod model;
 mod sharing;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub const ROOT: Ino = Ino::ROOT;
 
 /// Some servers of one cluster.
 pub struct World {
+    pub cluster: Arc<Cluster>,
     pub servers: Vec<Server>,
     dir: tempfile::TempDir,
 }
@@ -33,7 +35,7 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let cluster = Cluster::new();
         let servers = (1..=servers).map(|node| cluster.server(node, dir.path(), settings.clone())).collect();
-        Self { servers, dir }
+        Self { cluster, servers, dir }
     }
 
     /// Holds the servers' cache directories: `tier-1` and so on.

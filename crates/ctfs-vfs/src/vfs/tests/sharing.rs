@@ -167,3 +167,47 @@ async fn a_server_whose_life_was_ended_loses_what_it_had_not_flushed_and_says_so
     let error = world.vfs(0).read_file(attr.ino, locked, 0, 10).await.unwrap_err();
     assert_eq!(error, FsError::LostLocks(attr.ino), "who believed to hold the lock does not go on");
 }
+
+/// Where the end is was asked of the metadata by what is written through, and of the buffered bytes
+/// by what is buffered; both at once on one server placed records over each other.
+#[tokio::test]
+async fn appends_stay_whole_while_a_shared_file_is_taken_again() {
+    let mut settings = VfsSettings::default();
+    settings.content.shared_for = std::time::Duration::from_millis(1);
+    let world = World::with(2, settings);
+    world.cluster.set_weather(memory::Weather { pauses: 4, ..Default::default() });
+    for round in 0..40 {
+        let name = format!("log-{round}");
+        let (attr, first) = world.vfs(0).create(Caller::ROOT, ROOT, name.as_bytes(), 0o644, 0, libc::O_WRONLY | libc::O_APPEND).await.unwrap();
+        let other = open(world.vfs(1), attr.ino, libc::O_WRONLY | libc::O_APPEND).await;
+        append(world.vfs(1), attr.ino, other, b"shared--").await;
+        let appends = |writer: char| {
+            let vfs = world.vfs(0);
+            async move {
+                for record in 0..20 {
+                    append(vfs, attr.ino, first.handle, format!("{writer}-{record:05}\n").as_bytes()).await;
+                }
+            }
+        };
+        tokio::join!(appends('a'), appends('b'), appends('c'));
+        let text = content(world.vfs(1), attr.ino).await;
+        let records: std::collections::BTreeSet<&[u8]> = text.chunks(8).collect();
+        assert_eq!((text.len(), records.len()), (61 * 8, 61), "round {round}: {}", String::from_utf8_lossy(&text));
+    }
+}
+
+#[tokio::test]
+async fn a_hole_that_could_not_be_punched_is_not_punched_later_over_what_others_write() {
+    let world = World::new(2);
+    let ino = file(world.vfs(0), ROOT, "f", &[b'x'; 8000]).await.ino;
+    let here = open(world.vfs(0), ino, libc::O_RDWR).await;
+    let there = open(world.vfs(1), ino, libc::O_RDWR).await;
+    write(world.vfs(1), ino, there, 0, b"shared").await;
+    world.cluster.set_weather(memory::Weather { failed_puts: 256, ..Default::default() });
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    assert_eq!(world.vfs(0).fallocate(ino, here, 100, 5000, mode).await.unwrap_err().errno(), libc::EIO);
+    world.cluster.set_weather(memory::Weather::default());
+    write(world.vfs(1), ino, there, 1000, b"theirs").await;
+    world.vfs(0).fsync(ino, here).await.unwrap();
+    assert_eq!(&content(world.vfs(1), ino).await[998..1008], b"xxtheirsxx");
+}
