@@ -208,7 +208,8 @@ impl Shared {
                 self.caches.is_known(*ino).then(|| !self.vfs.pages_wait(*ino))
             }
             Change::Reaped { .. }
-            | Change::LocksFreed { .. }
+            | Change::LockGranted { .. }
+            | Change::LockWaitEnded { .. }
             | Change::Usage { .. }
             | Change::ChunkWanted { .. }
             | Change::ChunkForgotten { .. }

@@ -73,6 +73,7 @@ pub enum Op {
     Disown { files: Vec<(Ino, u64)>, holder: Holder, shared: bool },
 
     // Locks.
+    /// Takes a lock, or is refused: [`crate::MetaError::Locked`].
     Lock { ino: Ino, lock: Lock },
     /// Removes `owner`'s locks inside the range, splitting what reaches over it.
     Unlock { ino: Ino, owner: LockOwner, kind: LockKind, start: u64, end: u64 },
@@ -100,6 +101,11 @@ pub enum Op {
     /// Ends a life of a server that nobody can reach: what it holds and has locked is free, and none
     /// of its commands happens any more. Nothing if the server is in another life by now.
     Fence { node: NodeId, incarnation: Incarnation },
+    /// Takes a lock ([`Reply::Locked`]) or waits for it ([`Reply::Queued`]) behind those who came
+    /// earlier, under a number that the owner's server uses once. How a wait ends is a [`Change`].
+    AwaitLock { ino: Ino, lock: Lock, ticket: u64 },
+    /// Waits no longer. [`crate::MetaError::NotWaiting`]: the lock was granted before.
+    WithdrawLock { ino: Ino, owner: LockOwner, ticket: u64 },
 }
 
 /// Who the cluster is, replicated so that every server can sign joiners.
@@ -229,6 +235,10 @@ pub enum Reply {
     /// The attributes and, for each cell of a [`Op::Write`], its new stamp.
     Written { attr: Attr, stamp: LogIndex },
     Joined { member: Member },
+    /// The lock is held.
+    Locked,
+    /// The lock is waited for.
+    Queued,
 }
 
 /// What a replica's neighbours must know after a command was applied.
@@ -246,7 +256,10 @@ pub enum Change {
     Orphaned { ino: Ino },
     /// The inode is gone.
     Reaped { ino: Ino },
-    LocksFreed { ino: Ino },
+    /// Whoever waited under this ticket holds the lock now.
+    LockGranted { owner: LockOwner, ticket: u64 },
+    /// Waiting under this ticket is over without a lock: the life of its server ended, or the inode.
+    LockWaitEnded { owner: LockOwner, ticket: u64 },
     /// Another server holds the file now, or none.
     Usage { ino: Ino },
     /// First reference to a chunk, or a wish for more copies of it.

@@ -72,4 +72,11 @@ pub enum MetaError {
     KeyRemoved,
     #[error("policy out of range: {0}")]
     BadPolicy(String),
+    /// Waiting for the lock would never end, because whoever is in the way waits for this owner.
+    #[error("waiting for the lock would be a deadlock")]
+    Deadlock,
+    #[error("too many wait for locks")]
+    TooManyWaiters,
+    #[error("not in the queue for this lock")]
+    NotWaiting,
 }

@@ -24,7 +24,7 @@ pub use command::{
 };
 pub use error::MetaError;
 pub use member::{Member, MemberState, Policy, TokenRecord};
-pub use namespace::{Applied, ChunkRecord, DirEntry, Namespace, Totals};
+pub use namespace::{Applied, ChunkRecord, DirEntry, Namespace, Totals, Wish};
 pub use store::{Batch, MemoryStore, Store, StoreError};
 
 /// The namespace as one server shares it between its tasks: many readers, one applier.

@@ -40,7 +40,6 @@ impl FsError {
             Self::ReadOnly => libc::EROFS,
             Self::TooMany(_) => libc::ENFILE,
             Self::Interrupted => libc::EINTR,
-            Self::Deadlock => libc::EDEADLK,
             Self::NoLocks => libc::ENOLCK,
         }
     }
@@ -71,6 +70,10 @@ fn meta_errno(verdict: &MetaError) -> c_int {
         // Retried where they come up; a program that hears of them heard it too late to go on.
         MetaError::Shared(_) | MetaError::SizeChanged(_) => libc::EIO,
         MetaError::Locked { .. } => libc::EAGAIN,
+        MetaError::Deadlock => libc::EDEADLK,
+        MetaError::TooManyWaiters => libc::ENOLCK,
+        // Heard by whoever leaves a queue, never by a program.
+        MetaError::NotWaiting => libc::EIO,
         MetaError::StaleIncarnation | MetaError::Answered => libc::EIO,
         // The rest answers operators, not programs; listed so that the table stays complete.
         MetaError::AlreadyFounded => libc::EEXIST,

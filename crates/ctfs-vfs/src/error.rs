@@ -88,8 +88,6 @@ pub enum FsError {
     /// A signal reached the program that waits.
     #[error("interrupted by a signal")]
     Interrupted,
-    #[error("waiting would never end")]
-    Deadlock,
     /// The lock table has no room for this waiter.
     #[error("too many waiters for locks")]
     NoLocks,

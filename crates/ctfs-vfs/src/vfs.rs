@@ -8,6 +8,7 @@
 
 mod attrs;
 mod files;
+mod lock_doubts;
 mod locks;
 mod names;
 mod xattrs;
@@ -23,7 +24,7 @@ use std::{
 };
 
 use ctfs_chunk::CacheTier;
-use ctfs_meta::{Change, Namespace, Reply, Totals};
+use ctfs_meta::{Change, LockOwner, Namespace, Reply, Totals};
 use ctfs_types::{Attr, FileUse, Holder, Incarnation, Ino};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -33,11 +34,12 @@ pub use names::{DirItem, SetTime};
 pub use attrs::SetAttrRequest;
 pub use locks::LockRequest;
 
+use self::lock_doubts::Turns;
 use crate::{
     ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, PageWaits, SpaceReport, caller,
     content::Around,
     handles::Handles,
-    waiters::LockWaiters,
+    waiters::{Fate, LockWaiters},
 };
 
 /// How long the kernel may keep names and attributes without asking while the lease holds. The
@@ -56,6 +58,8 @@ pub struct VfsSettings {
     pub handles_max: usize,
     /// Threads that may wait for locks at the same time.
     pub lock_waiters_max: usize,
+    /// How long a command about locks waits for an earlier one of its owner that is in doubt.
+    pub lock_patience: Duration,
     /// How often a thread waiting for a lock is looked at for signals.
     pub interrupt_check: Duration,
     /// Whether a thread shall stop waiting; tests put their own here.
@@ -68,6 +72,8 @@ impl Default for VfsSettings {
             content: ContentSettings::default(),
             handles_max: 1 << 20,
             lock_waiters_max: 4096,
+            // A command is given up after 8 s.
+            lock_patience: Duration::from_secs(10),
             interrupt_check: Duration::from_millis(50),
             interrupted: caller::interrupted,
         }
@@ -91,7 +97,8 @@ pub struct Vfs {
     content: Content,
     settings: VfsSettings,
     handles: Handles,
-    waiters: LockWaiters,
+    waiters: Arc<LockWaiters>,
+    turns: Turns,
     /// `data_version` up to which the kernel's pages of an inode are good.
     page_versions: Mutex<HashMap<Ino, u64>>,
     /// What `statfs` last saw, for when the replica is busy.
@@ -125,6 +132,7 @@ impl Vfs {
             content: Content::new(around, tier, settings.content.clone()),
             handles: Handles::new(settings.handles_max),
             waiters: LockWaiters::new(settings.lock_waiters_max),
+            turns: Turns::default(),
             page_versions: Mutex::default(),
             last_totals: Mutex::default(),
             waits,
@@ -150,7 +158,8 @@ impl Vfs {
         for change in changes {
             self.content.changed(change);
             match change {
-                Change::LocksFreed { ino } => self.waiters.freed(*ino),
+                Change::LockGranted { owner, ticket } => self.lock_wait_ended(owner, *ticket, Fate::Granted),
+                Change::LockWaitEnded { owner, ticket } => self.lock_wait_ended(owner, *ticket, Fate::Ended),
                 Change::Reaped { ino } => {
                     // Only when this server was away: what was written through these is gone.
                     self.handles.spread_error(*ino, &FsError::Stale(*ino));
@@ -165,7 +174,7 @@ impl Vfs {
     /// The whole replica was replaced; whoever waits looks again.
     pub fn replaced(&self) {
         self.distrust_pages();
-        self.waiters.wake_all();
+        self.waiters.replaced();
     }
 
     /// The kernel may keep pages that are old: the next open of each file drops them.
@@ -208,7 +217,7 @@ impl Vfs {
     /// are dead.
     pub async fn life_ended(&self) {
         self.handles.lose_locks();
-        self.waiters.wake_all();
+        self.waiters.replaced();
         for ino in self.content.life_ended().await {
             let why = "this server was cut off for so long that others went on without it".to_owned();
             self.handles.spread_error(ino, &FsError::LostWrites { ino, why });
@@ -299,6 +308,12 @@ impl Vfs {
 
     fn me(&self) -> Holder {
         Holder { node: self.meta.node(), incarnation: self.meta.incarnation() }
+    }
+
+    fn lock_wait_ended(&self, owner: &LockOwner, ticket: u64, fate: Fate) {
+        if owner.node == self.meta.node() {
+            self.waiters.decided(owner.incarnation, ticket, fate);
+        }
     }
 
     fn attr_of(ns: &Namespace, ino: Ino) -> Result<Attr, FsError> {

@@ -1,156 +1,147 @@
-//! Programs on this server that wait for a lock, in the order in which they came.
+//! Threads on this server that wait for a lock.
 //!
-//! Nobody polls a lock. A waiter is woken when locks on its inode are freed anywhere, or when one
-//! that stands before it leaves the queue. It tries again only if none before it wants a range
-//! that excludes its own, so a stream of short locks cannot starve anybody here.
+//! Their places in the queues are replicated state; here stands whom to wake. Nobody polls a lock
+//! and nobody tries again: the entry that grants one names the ticket of its waiter.
 
 use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
-use ctfs_meta::Lock;
-use ctfs_types::Ino;
+use ctfs_types::Incarnation;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
 use crate::FsError;
 
-/// All queues of this server.
+/// What is known of a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    Waiting,
+    /// The replica was replaced as a whole: it must be asked.
+    Unknown,
+    Granted,
+    /// Nobody will grant it any more.
+    Ended,
+}
+
+/// All who wait on this server.
 #[derive(Debug)]
 pub struct LockWaiters {
     waiting_max: usize,
-    waiting: AtomicUsize,
-    queues: Mutex<HashMap<Ino, Vec<Waiter>>>,
+    next: AtomicU64,
+    /// By life and ticket: the namespace may still decide about tickets of an ended life.
+    waiting: Mutex<HashMap<(Incarnation, u64), watch::Sender<Fate>>>,
 }
 
+/// A ticket, and news of it.
 #[derive(Debug)]
-struct Waiter {
-    ticket: u64,
-    lock: Lock,
-    woken: Arc<Notify>,
-}
-
-/// A place in a queue; leaving it wakes those behind.
-#[derive(Debug)]
-pub struct Place<'a> {
-    waiters: &'a LockWaiters,
-    ino: Ino,
-    ticket: u64,
-    woken: Arc<Notify>,
+pub struct Place {
+    waiters: Arc<LockWaiters>,
+    life: Incarnation,
+    pub ticket: u64,
+    fate: watch::Receiver<Fate>,
 }
 
 impl LockWaiters {
-    pub fn new(waiting_max: usize) -> Self {
-        Self { waiting_max, waiting: AtomicUsize::new(0), queues: Mutex::default() }
+    pub fn new(waiting_max: usize) -> Arc<Self> {
+        Arc::new(Self { waiting_max, next: AtomicU64::new(1), waiting: Mutex::default() })
     }
 
-    /// Joins the queue of `ino`.
+    /// Makes a ticket that `life` of this server never made before. It comes before the command
+    /// that names it, so no news of it are missed.
     ///
     /// # Errors
     /// [`FsError::NoLocks`]: too many wait on this server already.
-    pub fn join(&self, ino: Ino, lock: Lock) -> Result<Place<'_>, FsError> {
-        let mut queues = self.queues.lock();
-        if self.waiting.load(Ordering::Relaxed) >= self.waiting_max {
+    pub fn join(self: &Arc<Self>, life: Incarnation) -> Result<Place, FsError> {
+        let mut waiting = self.waiting.lock();
+        if waiting.len() >= self.waiting_max {
             return Err(FsError::NoLocks);
         }
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let queue = queues.entry(ino).or_default();
-        let ticket = queue.last().map_or(1, |last| last.ticket + 1);
-        let woken = Arc::new(Notify::new());
-        queue.push(Waiter { ticket, lock, woken: woken.clone() });
-        Ok(Place { waiters: self, ino, ticket, woken })
+        let ticket = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, fate) = watch::channel(Fate::Waiting);
+        waiting.insert((life, ticket), sender);
+        Ok(Place { waiters: self.clone(), life, ticket, fate })
     }
 
-    /// Locks on `ino` were freed somewhere.
-    pub fn freed(&self, ino: Ino) {
-        if let Some(queue) = self.queues.lock().get(&ino) {
-            queue.iter().for_each(|waiter| waiter.woken.notify_one());
+    /// An applied entry decided about a ticket of this server.
+    pub fn decided(&self, life: Incarnation, ticket: u64, fate: Fate) {
+        if let Some(sender) = self.waiting.lock().get(&(life, ticket)) {
+            sender.send_replace(fate);
         }
     }
 
-    /// Wakes everybody, for instance because the replica was replaced.
-    pub fn wake_all(&self) {
-        for queue in self.queues.lock().values() {
-            queue.iter().for_each(|waiter| waiter.woken.notify_one());
+    /// The replica was replaced, and what it decided in between was told to nobody.
+    pub fn replaced(&self) {
+        for sender in self.waiting.lock().values() {
+            sender.send_if_modified(|fate| {
+                let waits = *fate == Fate::Waiting;
+                if waits {
+                    *fate = Fate::Unknown;
+                }
+                waits
+            });
         }
     }
 }
 
-impl Place<'_> {
-    /// Returns when it is worth trying again. A wake-up between two calls is not lost.
-    pub async fn woken(&self) {
-        self.woken.notified().await;
+impl Place {
+    pub fn fate(&self) -> Fate {
+        *self.fate.borrow()
     }
 
-    /// Whether nobody who came earlier waits for something that excludes this lock.
-    pub fn is_first(&self) -> bool {
-        let queues = self.waiters.queues.lock();
-        let Some(queue) = queues.get(&self.ino) else { return true };
-        let Some(own) = queue.iter().find(|waiter| waiter.ticket == self.ticket) else { return true };
-        !queue.iter().any(|other| other.ticket < self.ticket && excludes(&other.lock, &own.lock))
+    /// The replica says that this ticket still waits.
+    pub fn still_waits(&self) {
+        if let Some(sender) = self.waiters.waiting.lock().get(&(self.life, self.ticket)) {
+            sender.send_if_modified(|fate| {
+                if *fate == Fate::Unknown {
+                    *fate = Fate::Waiting;
+                }
+                false
+            });
+        }
+    }
+
+    /// Returns when there is something to look at, at once if there is already.
+    pub async fn news(&mut self) {
+        // The sender lives as long as this place.
+        let _ = self.fate.wait_for(|fate| *fate != Fate::Waiting).await;
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Place {
     fn drop(&mut self) {
-        let mut queues = self.waiters.queues.lock();
-        if let Some(queue) = queues.get_mut(&self.ino) {
-            queue.retain(|waiter| waiter.ticket != self.ticket);
-            queue.iter().filter(|waiter| waiter.ticket > self.ticket).for_each(|waiter| waiter.woken.notify_one());
-            if queue.is_empty() {
-                queues.remove(&self.ino);
-            }
-        }
-        self.waiters.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.waiters.waiting.lock().remove(&(self.life, self.ticket));
     }
-}
-
-/// Whether both cannot be held at once.
-fn excludes(a: &Lock, b: &Lock) -> bool {
-    a.owner != b.owner && a.kind == b.kind && (a.exclusive || b.exclusive) && a.start <= b.end && b.start <= a.end
 }
 
 #[cfg(test)]
 mod tests {
-    use ctfs_meta::{LockKind, LockOwner};
-    use ctfs_types::{Incarnation, NodeId};
-
     use super::*;
 
-    fn lock(owner: u64, start: u64, end: u64) -> Lock {
-        let owner = LockOwner { node: NodeId(1), incarnation: Incarnation(1), owner };
-        Lock { owner, kind: LockKind::Record, exclusive: true, start, end, pid: 1 }
-    }
+    const LIFE: Incarnation = Incarnation(9);
 
     #[test]
-    fn the_first_to_wait_is_the_first_to_try() {
-        let waiters = LockWaiters::new(10);
-        let first = waiters.join(Ino(7), lock(1, 0, 9)).unwrap();
-        let second = waiters.join(Ino(7), lock(2, 5, 20)).unwrap();
-        let elsewhere = waiters.join(Ino(7), lock(3, 100, 200)).unwrap();
-        assert!(first.is_first() && !second.is_first() && elsewhere.is_first());
-        drop(first);
-        assert!(second.is_first());
-    }
-
-    #[test]
-    fn a_full_queue_refuses_and_a_left_place_is_free_again() {
+    fn a_full_table_refuses_and_a_left_place_is_free_again() {
         let waiters = LockWaiters::new(1);
-        let place = waiters.join(Ino(7), lock(1, 0, 9)).unwrap();
-        assert!(matches!(waiters.join(Ino(8), lock(2, 0, 9)), Err(FsError::NoLocks)));
+        let place = waiters.join(LIFE).unwrap();
+        let ticket = place.ticket;
+        assert!(matches!(waiters.join(LIFE), Err(FsError::NoLocks)));
         drop(place);
-        assert!(waiters.join(Ino(8), lock(2, 0, 9)).is_ok());
+        assert!(waiters.join(LIFE).unwrap().ticket > ticket, "no ticket is made twice");
     }
 
     #[tokio::test]
-    async fn a_wake_up_before_the_wait_is_not_lost() {
+    async fn news_before_the_wait_are_not_lost() {
         let waiters = LockWaiters::new(10);
-        let place = waiters.join(Ino(7), lock(1, 0, 9)).unwrap();
-        waiters.freed(Ino(7));
-        tokio::time::timeout(std::time::Duration::from_secs(5), place.woken()).await.expect("woken");
+        let mut place = waiters.join(LIFE).unwrap();
+        waiters.decided(Incarnation(8), place.ticket, Fate::Ended);
+        waiters.decided(LIFE, place.ticket, Fate::Granted);
+        waiters.replaced();
+        place.news().await;
+        assert_eq!(place.fate(), Fate::Granted, "a decision stands");
     }
 }

@@ -267,7 +267,8 @@ impl Apply<'_, '_> {
             if let Some(Inode { usage: FileUse::Owned { holder, .. }, .. }) = self.txn.get(&keys::inode(ino))? {
                 self.txn.delete(keys::owned(holder, ino));
             }
-            for key in [keys::locks(ino), keys::policy(ino), keys::orphan(ino), keys::inode(ino)] {
+            self.drop_locks(ino)?;
+            for key in [keys::policy(ino), keys::orphan(ino), keys::inode(ino)] {
                 if self.txn.get_raw(&key)?.is_some() {
                     self.txn.delete(key);
                 }

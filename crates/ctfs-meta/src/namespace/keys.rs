@@ -2,6 +2,8 @@
 
 use ctfs_types::{CellIndex, ChunkId, FileName, Holder, Ino, NodeId, Timestamp};
 
+use crate::LockOwner;
+
 pub const INODE: u8 = 1;
 pub const NAME: u8 = 2;
 pub const COOKIE: u8 = 3;
@@ -22,6 +24,8 @@ pub const COUNTERS: u8 = 17;
 pub const STATE_HASH: u8 = 18;
 pub const CUTS: u8 = 19;
 pub const OWNED: u8 = 20;
+pub const WAITING: u8 = 22;
+pub const WAIT: u8 = 23;
 /// Keys from here on belong to whoever owns the store.
 pub const CALLER: u8 = 0xff;
 
@@ -84,6 +88,30 @@ pub fn condemned(at: Timestamp, id: &ChunkId) -> Key {
 
 pub fn locks(ino: Ino) -> Key {
     key(LOCKS, &[ino.0], &[])
+}
+
+/// The queue for the locks of an inode.
+pub fn waiting(ino: Ino) -> Key {
+    key(WAITING, &[ino.0], &[])
+}
+
+/// One place in a queue, so that it is found what an owner waits for.
+pub fn wait(owner: LockOwner, ino: Ino, ticket: u64) -> Key {
+    key(WAIT, &[owner.node.0, owner.incarnation.0, owner.owner, ino.0, ticket], &[])
+}
+
+pub fn waits_of(owner: LockOwner) -> (Key, Key) {
+    under(WAIT, &[owner.node.0, owner.incarnation.0, owner.owner])
+}
+
+/// How many places there are in queues of all owners of one life.
+pub fn waits_of_life(owner: LockOwner) -> Key {
+    key(WAIT, &[owner.node.0, owner.incarnation.0], &[])
+}
+
+/// The inode and ticket in a key that [`wait`] made.
+pub fn waited_for(key: &[u8]) -> Option<(Ino, u64)> {
+    Some((Ino(number_at(key, 25)?), number_at(key, 33)?))
 }
 
 /// A file that a life of a server holds, so that they are found when it ends.

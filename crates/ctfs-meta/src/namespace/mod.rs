@@ -17,6 +17,10 @@ mod reads;
 mod records;
 mod txn;
 
+pub use self::locks::Wish;
+#[cfg(test)]
+pub(crate) use self::locks::{WAITERS_MAX, WAITERS_OF_LIFE_MAX};
+
 use std::collections::BTreeMap;
 
 use ctfs_types::{FileKind, FileName, Ino, LogIndex, RequestId, Timestamp};
@@ -318,7 +322,9 @@ impl Apply<'_, '_> {
             Op::ForgetChunks { chunks } => self.forget_chunks(chunks),
             Op::Own { ino, holder, although_shared } => self.own(*ino, *holder, *although_shared),
             Op::Disown { files, holder, shared } => self.disown(files, *holder, *shared),
-            Op::Lock { ino, lock } => self.lock(*ino, lock),
+            Op::Lock { ino, lock } => self.lock(*ino, lock, None),
+            Op::AwaitLock { ino, lock, ticket } => self.lock(*ino, lock, Some(*ticket)),
+            Op::WithdrawLock { ino, owner, ticket } => self.withdraw_lock(*ino, *owner, *ticket),
             Op::Unlock { ino, owner, kind, start, end } => self.unlock(*ino, *owner, *kind, *start, *end),
             Op::UnlockAll { ino, owner } => self.unlock_all(*ino, *owner),
             Op::Found { cluster, member } => self.found(cluster, member),

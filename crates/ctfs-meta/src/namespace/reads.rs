@@ -9,10 +9,11 @@ use serde::de::DeserializeOwned;
 use super::{
     ChunkRecord, DirEntry, Namespace, Totals,
     cuts::{Cut, is_dead},
-    keys, locks,
+    keys,
+    locks::{self, Wish},
     records::{self, CookieEntry, Dentry, Inode},
 };
-use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, Member, Policy, StoreError, TokenRecord};
+use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, StoreError, TokenRecord};
 
 type Read<T> = Result<T, StoreError>;
 
@@ -135,10 +136,20 @@ impl Namespace {
         Ok(found)
     }
 
-    /// First lock that `lock` would have to wait for.
+    /// First lock that `lock` would have to wait for: one that is held, else one that was waited
+    /// for earlier.
     pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
-        let table: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
-        Ok(table.into_iter().find(|held| locks::conflict(held, lock)))
+        let held: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
+        Ok(locks::blockers(&held, &self.lock_waiters(ino)?, lock).next().cloned())
+    }
+
+    /// Who waits for locks of `ino`, oldest first.
+    pub fn lock_waiters(&self, ino: Ino) -> Read<Vec<Wish>> {
+        Ok(self.record(&keys::waiting(ino))?.unwrap_or_default())
+    }
+
+    pub fn waits_for_lock(&self, ino: Ino, owner: LockOwner, ticket: u64) -> Read<bool> {
+        Ok(self.store.get(&keys::wait(owner, ino, ticket))?.is_some())
     }
 
     /// Files that `holder` holds, each with the request by which it does.

@@ -6,6 +6,7 @@ mod bytes;
 mod cluster;
 mod cuts;
 mod holding;
+mod lock_waiters;
 mod locks;
 mod names;
 mod requests;

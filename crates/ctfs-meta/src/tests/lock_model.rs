@@ -1,12 +1,12 @@
-//! Locks next to a naive model that knows, for each byte, who holds it.
+//! Locks next to a naive model that knows, for each byte, who holds it, and who waits in line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ctfs_types::{Incarnation, Ino, NodeId};
 use proptest::{collection::vec, prelude::*};
 
-use super::harness::{Volume, cluster, owner};
-use crate::{Lock, LockKind, LockOwner, MetaError, Op};
+use super::harness::{Verdict, Volume, cluster, owner};
+use crate::{Change, Lock, LockKind, LockOwner, MetaError, Op, Reply, Wish};
 
 /// Bytes the workload names; one more stands for all bytes behind them.
 const BYTES: u64 = 16;
@@ -18,6 +18,8 @@ type Byte = BTreeMap<LockOwner, bool>;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Model {
     bytes: BTreeMap<(Ino, LockKind, u64), Byte>,
+    /// All who wait, on whichever file, oldest first.
+    line: Vec<(Ino, Wish)>,
     /// The life each member is in.
     lives: BTreeMap<NodeId, Incarnation>,
 }
@@ -36,11 +38,66 @@ impl Model {
         span(held.start, held.end).all(|at| at_byte(at) == Some(&held.exclusive))
     }
 
-    fn conflicts(&mut self, ino: Ino, lock: &Lock) -> bool {
-        span(lock.start, lock.end).any(|at| {
-            let byte = self.byte(ino, lock.kind, at);
-            byte.iter().any(|(holder, exclusive)| *holder != lock.owner && (*exclusive || lock.exclusive))
-        })
+    /// Who keeps `lock` from being granted when it stands behind these: at some byte they hold what
+    /// excludes it, or want it while its owner holds nothing there.
+    fn in_the_way(&self, ino: Ino, lock: &Lock, ahead: &[(Ino, Wish)]) -> BTreeSet<LockOwner> {
+        let nobody = Byte::new();
+        let mut found = BTreeSet::new();
+        for at in span(lock.start, lock.end) {
+            let byte = self.bytes.get(&(ino, lock.kind, at)).unwrap_or(&nobody);
+            found.extend(byte.iter().filter(|(_, exclusive)| **exclusive || lock.exclusive).map(|(holder, _)| *holder));
+            if !byte.contains_key(&lock.owner) {
+                let wanted = ahead.iter().filter(|(other, wish)| {
+                    (*other, wish.lock.kind) == (ino, lock.kind)
+                        && span(wish.lock.start, wish.lock.end).contains(&at)
+                        && (wish.lock.exclusive || lock.exclusive)
+                });
+                found.extend(wanted.map(|(_, wish)| wish.lock.owner));
+            }
+        }
+        found.remove(&lock.owner);
+        found
+    }
+
+    /// Everybody whom `owners` wait for, directly or not, themselves included.
+    fn all_waited_for(&self, owners: BTreeSet<LockOwner>) -> BTreeSet<LockOwner> {
+        let mut all = owners;
+        loop {
+            let mut more = all.clone();
+            for (at, (ino, wish)) in self.line.iter().enumerate() {
+                if all.contains(&wish.lock.owner) {
+                    more.extend(self.in_the_way(*ino, &wish.lock, &self.line[..at]));
+                }
+            }
+            if more == all {
+                return all;
+            }
+            all = more;
+        }
+    }
+
+    /// Lets in who can be let in, the oldest first, and answers their tickets.
+    fn serve(&mut self) -> BTreeMap<Ino, Vec<u64>> {
+        let mut served: BTreeMap<Ino, Vec<u64>> = BTreeMap::new();
+        // As the namespace does: through the line to its end, and again while that helped.
+        loop {
+            let mut at = 0;
+            let mut helped = false;
+            while at < self.line.len() {
+                let (ino, wish) = self.line[at].clone();
+                if self.in_the_way(ino, &wish.lock, &self.line[..at]).is_empty() {
+                    self.line.remove(at);
+                    self.lock(ino, &wish.lock);
+                    served.entry(ino).or_default().push(wish.ticket);
+                    helped = true;
+                } else {
+                    at += 1;
+                }
+            }
+            if !helped {
+                return served;
+            }
+        }
     }
 
     fn lock(&mut self, ino: Ino, lock: &Lock) {
@@ -58,7 +115,9 @@ impl Model {
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
-    Lock { file: u8, owner: (u64, u64), kind: LockKind, exclusive: bool, start: u64, len: u64 },
+    Lock { file: u8, owner: (u64, u64), kind: LockKind, exclusive: bool, start: u64, len: u64, wait: bool },
+    /// One of those who wait gives up.
+    Withdraw { which: u8 },
     Unlock { file: u8, owner: (u64, u64), kind: LockKind, start: u64, len: u64 },
     UnlockAll { file: u8, owner: (u64, u64) },
     NewLife { server: u64 },
@@ -74,8 +133,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let kind = prop_oneof![4 => Just(LockKind::Record), 1 => Just(LockKind::Flock)];
     // A length past the last byte means "to the end of the file".
     let range = (0..BYTES, 1..=BYTES + 2);
-    let lock = (file.clone(), owner.clone(), kind.clone(), any::<bool>(), range.clone()).prop_map(
-        |(file, owner, kind, exclusive, (start, len))| Step::Lock { file, owner, kind, exclusive, start, len },
+    let lock = (file.clone(), owner.clone(), kind.clone(), any::<bool>(), range.clone(), prop::bool::weighted(0.7)).prop_map(
+        |(file, owner, kind, exclusive, (start, len), wait)| Step::Lock { file, owner, kind, exclusive, start, len, wait },
     );
     let unlock = (file.clone(), owner.clone(), kind, range)
         .prop_map(|(file, owner, kind, (start, len))| Step::Unlock { file, owner, kind, start, len });
@@ -83,7 +142,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         20 => lock,
         12 => unlock,
-        2 => unlock_all,
+        4 => unlock_all,
+        3 => any::<u8>().prop_map(|which| Step::Withdraw { which }),
         1 => (1..=SERVERS).prop_map(|server| Step::NewLife { server }),
         1 => (file, 1..=SERVERS).prop_map(|(file, server)| Step::Ghost { file, server }),
         // Server 1 founded the volume and stays.
@@ -106,6 +166,7 @@ struct Pair {
     real: Volume,
     model: Model,
     files: [Ino; 2],
+    tickets: u64,
 }
 
 impl Pair {
@@ -113,7 +174,7 @@ impl Pair {
         let mut real = cluster(SERVERS);
         let files = [real.file(Ino::ROOT, "a"), real.file(Ino::ROOT, "b")];
         let lives = (1..=SERVERS).map(|n| (NodeId(n), Incarnation(1))).collect();
-        Self { real, model: Model { bytes: BTreeMap::new(), lives }, files }
+        Self { real, model: Model { lives, ..Model::default() }, files, tickets: 0 }
     }
 
     fn owner(&self, (server, number): (u64, u64)) -> LockOwner {
@@ -123,12 +184,13 @@ impl Pair {
 
     fn step(&mut self, step: Step) -> Result<(), TestCaseError> {
         match step {
-            Step::Lock { file, owner, kind, exclusive, start, len } => {
+            Step::Lock { file, owner, kind, exclusive, start, len, wait } => {
                 let (start, end) = whole(kind, start, len);
                 let owner = self.owner(owner);
                 let lock = Lock { owner, kind, exclusive, start, end, pid: owner.owner as u32 };
-                self.lock(self.files[usize::from(file)], lock)?;
+                self.lock(self.files[usize::from(file)], lock, wait)?;
             }
+            Step::Withdraw { which } => self.withdraw(which)?,
             Step::Unlock { file, owner, kind, start, len } => {
                 let (start, end) = whole(kind, start, len);
                 let (ino, owner) = (self.files[usize::from(file)], self.owner(owner));
@@ -159,34 +221,84 @@ impl Pair {
                     Some(_) => prop_assert!(verdict.is_ok(), "{verdict:?}"),
                     None => prop_assert_eq!(verdict, Err(MetaError::NoSuchMember)),
                 }
-                self.model.free(|_, _, _, o| o.node == node);
+                self.end(|owner| owner.node == node);
             }
         }
+        self.served()?;
         self.compare()
     }
 
-    fn lock(&mut self, ino: Ino, lock: Lock) -> Result<(), TestCaseError> {
+    fn lock(&mut self, ino: Ino, lock: Lock, wait: bool) -> Result<(), TestCaseError> {
         let waits_for = self.real.ns.conflicting_lock(ino, &lock).unwrap();
-        let verdict = self.real.run(Op::Lock { ino, lock: lock.clone() });
+        self.tickets += 1;
+        let ticket = self.tickets;
+        let op = if wait { Op::AwaitLock { ino, lock: lock.clone(), ticket } } else { Op::Lock { ino, lock: lock.clone() } };
+        let verdict = self.real.run(op);
         if !self.model.lives.contains_key(&lock.owner.node) {
             let refused = matches!(verdict, Err(MetaError::NoSuchMember | MetaError::StaleIncarnation));
             prop_assert!(refused, "a removed server locked: {verdict:?}");
             return Ok(());
         }
-        if !self.model.conflicts(ino, &lock) {
-            prop_assert!(verdict.is_ok(), "{:?}: {:?}", lock, verdict);
-            prop_assert_eq!(waits_for, None);
+        let in_the_way = self.model.in_the_way(ino, &lock, &self.model.line);
+        prop_assert_eq!(waits_for.is_none(), in_the_way.is_empty(), "GETLK says what SETLK would");
+        if in_the_way.is_empty() {
+            prop_assert_eq!(&verdict, &Ok(Reply::Locked), "{:?}", lock);
             self.model.lock(ino, &lock);
-            return Ok(());
+        } else if wait && self.model.all_waited_for(in_the_way).contains(&lock.owner) {
+            prop_assert_eq!(&verdict, &Err(MetaError::Deadlock), "{:?}", lock);
+        } else if wait {
+            prop_assert_eq!(&verdict, &Ok(Reply::Queued), "{:?}", lock);
+            self.model.line.push((ino, Wish { lock, ticket }));
+        } else {
+            self.is_refused(ino, &lock, verdict, waits_for)?;
         }
+        Ok(())
+    }
+
+    fn is_refused(&self, ino: Ino, lock: &Lock, verdict: Verdict, waits_for: Option<Lock>) -> Result<(), TestCaseError> {
         let Err(MetaError::Locked { holder }) = verdict else {
             return Err(TestCaseError::fail(format!("{lock:?}: {verdict:?}")));
         };
         prop_assert_eq!(waits_for.as_ref(), Some(&*holder), "GETLK and SETLK name the same holder");
-        prop_assert!(self.model.holds(ino, &holder), "{holder:?} is held");
+        let waited_for = self.model.line.iter().any(|(other, wish)| (*other, &wish.lock) == (ino, &*holder));
+        prop_assert!(self.model.holds(ino, &holder) || waited_for, "{holder:?} is held or waited for");
         prop_assert!(holder.owner != lock.owner && (holder.exclusive || lock.exclusive), "{holder:?} is in the way");
         prop_assert!(holder.start <= lock.end && lock.start <= holder.end, "{holder:?} overlaps");
         Ok(())
+    }
+
+    fn withdraw(&mut self, which: u8) -> Result<(), TestCaseError> {
+        if self.model.line.is_empty() {
+            return Ok(());
+        }
+        let at = usize::from(which) % self.model.line.len();
+        let (ino, wish) = self.model.line.remove(at);
+        let op = Op::WithdrawLock { ino, owner: wish.lock.owner, ticket: wish.ticket };
+        prop_assert_eq!(self.real.run(op.clone()), Ok(Reply::Done));
+        self.served()?;
+        prop_assert_eq!(self.real.run(op), Err(MetaError::NotWaiting));
+        Ok(())
+    }
+
+    /// The last command let those in whom the model lets in, in the same order.
+    fn served(&mut self) -> Result<(), TestCaseError> {
+        let of_file = |ticket: &u64| self.model.line.iter().find(|(_, wish)| wish.ticket == *ticket).map(|(ino, _)| *ino);
+        let mut granted: BTreeMap<Ino, Vec<u64>> = BTreeMap::new();
+        for change in std::mem::take(&mut self.real.changes) {
+            if let Change::LockGranted { ticket, .. } = change {
+                let ino = of_file(&ticket);
+                prop_assert!(ino.is_some(), "ticket {} does not wait", ticket);
+                granted.entry(ino.unwrap()).or_default().push(ticket);
+            }
+        }
+        prop_assert_eq!(granted, self.model.serve());
+        Ok(())
+    }
+
+    /// The lives that `gone` names have ended.
+    fn end(&mut self, gone: impl Fn(&LockOwner) -> bool) {
+        self.model.free(|_, _, _, owner| gone(owner));
+        self.model.line.retain(|(_, wish)| !gone(&wish.lock.owner));
     }
 
     fn new_life(&mut self, node: NodeId) -> Result<(), TestCaseError> {
@@ -197,7 +309,7 @@ impl Pair {
             Some(life) => {
                 prop_assert!(verdict.is_ok(), "{verdict:?}");
                 *life = next;
-                self.model.free(|_, _, _, o| o.node == node);
+                self.end(|owner| owner.node == node);
             }
             None => prop_assert_eq!(verdict, Err(MetaError::NoSuchMember)),
         }
@@ -207,6 +319,8 @@ impl Pair {
     /// The table says what the bytes say, and says it in as few locks as can be.
     fn compare(&self) -> Result<(), TestCaseError> {
         for ino in self.files {
+            let line: Vec<Wish> = self.model.line.iter().filter(|(i, _)| *i == ino).map(|(_, wish)| wish.clone()).collect();
+            prop_assert_eq!(self.real.ns.lock_waiters(ino).unwrap(), line);
             for kind in [LockKind::Record, LockKind::Flock] {
                 let locks = self.real.ns.locks(ino, kind).unwrap();
                 let mut bytes: BTreeMap<u64, Byte> = BTreeMap::new();

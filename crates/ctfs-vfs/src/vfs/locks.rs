@@ -1,21 +1,30 @@
 //! flock, fcntl and OFD locks across servers.
 //!
-//! The lock table is replicated state. A program that must wait stands in this server's queue and
-//! tries again when locks on the file are freed anywhere; its signals are looked at meanwhile,
-//! because the kernel's interrupt message does not reach us.
+//! The lock table and the queues for it are replicated state. A program that must wait stands in
+//! the queue there, and its thread sleeps until the entry that grants its lock is applied here. Its
+//! signals are looked at meanwhile, because the kernel's interrupt message does not reach us.
+//! [`lock_doubts`](super::lock_doubts) takes care of commands whose outcome is unknown.
 //!
 //! `flock` arrives as a record lock over the whole file with an owner of its own: the kernel
 //! interface in use drops the bit that tells them apart. So flock and fcntl locks of one file
 //! exclude each other, also within one program, as they do over NFS.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, future::ready};
 
-use ctfs_meta::{Lock, LockKind, LockOwner, MetaError, Op};
+use ctfs_meta::{Lock, LockKind, LockOwner, MetaError, Namespace, Op, Reply};
 use ctfs_types::Ino;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
-use super::Vfs;
-use crate::{FsError, handles::HandleId};
+use super::{
+    Vfs,
+    lock_doubts::{self, Doubt, is_doubtful, settle},
+    unexpected,
+};
+use crate::{
+    FsError,
+    handles::HandleId,
+    waiters::{Fate, Place},
+};
 
 /// Largest end offset the kernel sends; it means "to the end of the file" (`OFFSET_MAX`).
 const KERNEL_END: u64 = i64::MAX as u64;
@@ -54,8 +63,9 @@ impl Vfs {
         })
     }
 
-    /// The first lock that `request` would have to wait for. Its process is 0 when it runs on
-    /// another server, where its number would mean somebody else.
+    /// The first lock that `request` would have to wait for: one that is held, else one that was
+    /// waited for earlier. Its process is 0 when it runs on another server, where its number would
+    /// mean somebody else.
     pub async fn getlk(&self, ino: Ino, request: LockRequest) -> Result<Option<Lock>, FsError> {
         let lock = self.lock(request)?;
         let holder = self.read(|ns| Ok(ns.conflicting_lock(ino, &lock)?)).await?;
@@ -68,13 +78,16 @@ impl Vfs {
         }))
     }
 
-    /// Takes a lock. With `wait`, stands in the queue until it is free; `thread` is the thread whose
-    /// signals end the wait.
+    /// Takes a lock. With `wait`, stands in the queue until it is granted; `thread` is the thread
+    /// whose signals end the wait.
     ///
     /// # Errors
     /// - [`MetaError::Locked`] (EAGAIN) without `wait`.
-    /// - [`FsError::Interrupted`]: a signal reached the thread, or it is gone.
-    /// - [`FsError::NoLocks`]: too many wait on this server.
+    /// - [`MetaError::Deadlock`] (EDEADLK): whoever is in the way waits for this owner.
+    /// - [`FsError::Interrupted`]: a signal reached the thread, or it is gone; the owner did not get
+    ///   the lock.
+    /// - [`FsError::NoLocks`], [`MetaError::TooManyWaiters`] (ENOLCK): too many wait.
+    /// - [`FsError::NoQuorum`]: what may come of it is given back as soon as somebody answers.
     pub async fn setlk(
         &self,
         ino: Ino,
@@ -88,12 +101,8 @@ impl Vfs {
         self.handles.locked(handle, request.owner);
         let mut connection = self.connection.subscribe();
         connection.mark_unchanged();
-        match self.try_lock(ino, &lock).await {
-            Err(FsError::Meta(MetaError::Locked { .. })) if wait => {
-                self.wait_for_lock(ino, &lock, thread, connection).await?;
-            }
-            decided => decided?,
-        }
+        let place = if wait { Some(self.waiters.join(lock.owner.incarnation)?) } else { None };
+        self.take_lock(ino, lock, place, thread, connection).await?;
         if self.handles.mode(handle, ino).is_err() {
             // Closed or disconnected meanwhile; nobody will give it back but we.
             self.drop_left_locks(ino, BTreeSet::from([request.owner])).await;
@@ -102,55 +111,132 @@ impl Vfs {
         Ok(())
     }
 
-    /// Stands in the queue until the lock is taken.
+    async fn take_lock(
+        &self,
+        ino: Ino,
+        lock: Lock,
+        place: Option<Place>,
+        thread: u32,
+        connection: watch::Receiver<u64>,
+    ) -> Result<(), FsError> {
+        let turn = self.turns.take(ino, lock.owner.owner, self.settings.lock_patience).await?;
+        let look = |ns: &Namespace| Ok((ns.conflicting_lock(ino, &lock)?, held_before(ns, ino, &lock)?));
+        let (holder, had) = self.read(look).await?;
+        let op = match (&place, holder) {
+            // What is visibly locked needs no command to be refused.
+            (None, Some(holder)) => return Err(MetaError::Locked { holder: Box::new(holder) }.into()),
+            (None, None) => Op::Lock { ino, lock: lock.clone() },
+            (Some(Place { ticket, .. }), _) => Op::AwaitLock { ino, lock: lock.clone(), ticket: *ticket },
+        };
+        let request = self.meta.request();
+        match (request.propose(op).await, place) {
+            (Ok(Reply::Locked), _) => Ok(()),
+            (Ok(Reply::Queued), Some(place)) => {
+                drop(turn);
+                self.wait_for_lock(ino, lock, had, place, thread, connection).await
+            }
+            (Ok(other), _) => Err(unexpected(&other)),
+            (Err(error), place) => {
+                if is_doubtful(&error) {
+                    settle(self.meta.clone(), ino, Doubt::Taking { request, lock, had, place }, ready(turn));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Sleeps until the lock is granted or there is a reason to wait no longer.
     async fn wait_for_lock(
         &self,
         ino: Ino,
-        lock: &Lock,
+        lock: Lock,
+        had: Vec<Lock>,
+        mut place: Place,
         thread: u32,
         mut connection: watch::Receiver<u64>,
     ) -> Result<(), FsError> {
-        let place = self.waiters.join(ino, lock.clone())?;
-        loop {
-            // Tried again before the first sleep: it may have been freed before we stood in line.
-            if place.is_first() {
-                match self.try_lock(ino, lock).await {
-                    Err(FsError::Meta(MetaError::Locked { .. })) => {}
-                    decided => return decided,
-                }
+        let why = loop {
+            match place.fate() {
+                Fate::Granted => return self.see_grant(ino, lock, had).await,
+                Fate::Ended => return Err(MetaError::StaleIncarnation.into()),
+                Fate::Waiting => {}
+                Fate::Unknown => match self.read(|ns| Ok(ns.waits_for_lock(ino, lock.owner, place.ticket)?)).await {
+                    Ok(true) => place.still_waits(),
+                    // Leaving the queue tells what became of it.
+                    Ok(false) => break FsError::Interrupted,
+                    Err(error) => break error,
+                },
             }
-            loop {
-                if connection.has_changed().unwrap_or(true) {
-                    return Err(FsError::Shutdown);
-                }
-                if (self.settings.interrupted)(thread) {
-                    return Err(FsError::Interrupted);
-                }
-                tokio::select! {
-                    () = place.woken() => break,
-                    _ = connection.changed() => return Err(FsError::Shutdown),
-                    () = tokio::time::sleep(self.settings.interrupt_check) => {}
-                }
+            if connection.has_changed().unwrap_or(true) {
+                break FsError::Shutdown;
             }
-        }
+            if (self.settings.interrupted)(thread) {
+                break FsError::Interrupted;
+            }
+            tokio::select! {
+                () = place.news() => {}
+                _ = connection.changed() => break FsError::Shutdown,
+                () = tokio::time::sleep(self.settings.interrupt_check) => {}
+            }
+        };
+        self.leave_queue(ino, lock, had, place, why).await
     }
 
-    /// Asks the local replica first: what is visibly locked needs no command to be refused.
-    async fn try_lock(&self, ino: Ino, lock: &Lock) -> Result<(), FsError> {
-        if let Some(holder) = self.read(|ns| Ok(ns.conflicting_lock(ino, lock)?)).await? {
-            return Err(MetaError::Locked { holder: Box::new(holder) }.into());
+    /// The entry that granted the lock is applied here. What came before it may still be on its way
+    /// to the kernel, so this returns when all servers are there, as after any other command.
+    async fn see_grant(&self, ino: Ino, lock: Lock, had: Vec<Lock>) -> Result<(), FsError> {
+        let seen = self.meta.propose(Op::Noop).await.map(drop);
+        if seen.is_err() {
+            let mut turn = Box::pin(self.turns.wait(ino, lock.owner.owner));
+            // Polled once here, so that it comes before what the owner does next.
+            match timeout(std::time::Duration::ZERO, &mut turn).await {
+                Ok(turn) => settle(self.meta.clone(), ino, Doubt::Held { lock, had }, ready(turn)),
+                Err(_) => settle(self.meta.clone(), ino, Doubt::Held { lock, had }, turn),
+            }
         }
-        self.meta.propose(Op::Lock { ino, lock: lock.clone() }).await.map(drop)
+        seen
+    }
+
+    /// Waits no longer. A grant that came first stands: the call has its lock, and a signal finds
+    /// the program after it.
+    async fn leave_queue(&self, ino: Ino, lock: Lock, mut had: Vec<Lock>, place: Place, why: FsError) -> Result<(), FsError> {
+        let request = self.meta.request();
+        let mut turn = Box::pin(self.turns.wait(ino, lock.owner.owner));
+        let Ok(turn) = timeout(self.settings.lock_patience, &mut turn).await else {
+            settle(self.meta.clone(), ino, Doubt::Waiting { request, lock, had, place }, turn);
+            return Err(why);
+        };
+        {
+            let ns = self.meta.replica().read();
+            if ns.waits_for_lock(ino, lock.owner, place.ticket)? {
+                had = held_before(&ns, ino, &lock)?;
+            }
+        }
+        match request.propose(lock_doubts::withdraw(ino, &lock, &place)).await {
+            Ok(_) => Err(why),
+            Err(FsError::Meta(MetaError::NotWaiting)) => {
+                drop(turn);
+                self.see_grant(ino, lock, had).await
+            }
+            Err(FsError::Meta(verdict)) if verdict != MetaError::Answered => Err(verdict.into()),
+            Err(_) => {
+                settle(self.meta.clone(), ino, Doubt::Waiting { request, lock, had, place }, ready(turn));
+                Err(why)
+            }
+        }
     }
 
     /// Gives back what the owner holds inside the range.
+    ///
+    /// # Errors
+    /// [`FsError::NoQuorum`]: it happens as soon as somebody answers.
     pub async fn unlock(&self, ino: Ino, request: LockRequest) -> Result<(), FsError> {
         // Programs unlock to be sure, also what they never locked; a command each would be waste.
         if !self.handles.may_hold_locks(ino, request.owner) {
             return Ok(());
         }
         let Lock { owner, kind, start, end, .. } = self.lock(request)?;
-        self.meta.propose(Op::Unlock { ino, owner, kind, start, end }).await.map(drop)
+        self.release_locks(ino, request.owner, Op::Unlock { ino, owner, kind, start, end }).await
     }
 
     /// POSIX: closing any descriptor of a file drops the process's record locks on it.
@@ -158,7 +244,7 @@ impl Vfs {
         if !self.handles.may_hold_locks(ino, owner) {
             return Ok(());
         }
-        self.meta.propose(Op::UnlockAll { ino, owner: self.lock_owner(owner) }).await?;
+        self.release_locks(ino, owner, Op::UnlockAll { ino, owner: self.lock_owner(owner) }).await?;
         self.handles.unlocked(ino, owner);
         Ok(())
     }
@@ -167,10 +253,33 @@ impl Vfs {
     pub(super) async fn drop_left_locks(&self, ino: Ino, owners: BTreeSet<u64>) {
         for owner in owners {
             let op = Op::UnlockAll { ino, owner: self.lock_owner(owner) };
-            if let Err(error) = self.meta.propose(op).await {
-                // Nobody is left to hear it. The locks end with this life of the server.
-                tracing::warn!(%ino, %error, "locks of a closed file stay until this server restarts");
+            if let Err(error) = self.release_locks(ino, owner, op).await {
+                // Nobody is left to hear it.
+                tracing::warn!(%ino, %error, "locks of a closed file stay until a majority answers");
             }
         }
     }
+
+    /// Happens in any case, unless it is refused; the answer says whether it has.
+    async fn release_locks(&self, ino: Ino, owner: u64, op: Op) -> Result<(), FsError> {
+        let request = self.meta.request();
+        let mut turn = Box::pin(self.turns.wait(ino, owner));
+        let patience = self.settings.lock_patience;
+        let Ok(turn) = timeout(patience, &mut turn).await else {
+            settle(self.meta.clone(), ino, Doubt::Releasing { request, op }, turn);
+            return Err(FsError::NoQuorum { waited: patience });
+        };
+        let released = request.propose(op.clone()).await.map(drop);
+        if released.as_ref().is_err_and(is_doubtful) {
+            settle(self.meta.clone(), ino, Doubt::Releasing { request, op }, ready(turn));
+        }
+        released
+    }
+}
+
+/// What the owner of `lock` holds in its range.
+fn held_before(ns: &Namespace, ino: Ino, lock: &Lock) -> Result<Vec<Lock>, FsError> {
+    let mut held = ns.locks(ino, lock.kind)?;
+    held.retain(|held| held.owner == lock.owner && held.start <= lock.end && lock.start <= held.end);
+    Ok(held)
 }
