@@ -4,10 +4,16 @@
 //! the test is killed: see [`support::Cluster`]. They need root.
 
 mod data;
+mod databases;
+mod directories;
 mod faults;
 mod fidelity;
 mod input;
 mod members;
+mod model;
+mod posix;
 mod programs;
+mod sharing;
 mod support;
+mod tools;
 mod tree;
