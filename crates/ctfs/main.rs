@@ -77,6 +77,8 @@ enum Verb {
     Diff(verbs::diff::Diff),
     /// Copies and chunk size of a directory
     Policy(verbs::policy::Policy),
+    /// Limits on what is below a directory
+    Quota(verbs::quota::Quota),
     /// Look after this server's cache tier
     Cache(verbs::cache::Cache),
     /// Look at the configuration file
@@ -116,6 +118,7 @@ fn main() -> ExitCode {
         Verb::Info(verb) => verb.run(&context),
         Verb::Diff(verb) => verb.run(&context),
         Verb::Policy(verb) => verb.run(&context),
+        Verb::Quota(verb) => verb.run(&context),
         Verb::Cache(verb) => verb.run(&context),
         Verb::Config(verb) => verb.run(&context),
         Verb::Version(verb) => verb.run(&context),

@@ -502,8 +502,8 @@ impl Filesystem for Bridge {
         self.runner.run(async move { reply_empty(vfs.fsyncdir(ino(number), handle(fh)).await, reply) });
     }
 
-    fn statfs(&self, _request: &Request, _number: INodeNo, reply: ReplyStatfs) {
-        let statfs = self.vfs.statfs();
+    fn statfs(&self, _request: &Request, number: INodeNo, reply: ReplyStatfs) {
+        let statfs = self.vfs.statfs(ino(number));
         let block = u64::from(BLOCK_BYTES);
         let space = statfs.space;
         reply.statfs(

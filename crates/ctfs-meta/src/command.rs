@@ -6,7 +6,10 @@
 use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileName, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::member::{Member, MemberState, Policy, TokenRecord};
+use crate::{
+    member::{Member, MemberState, Policy, TokenRecord},
+    quota::Quota,
+};
 
 /// One request to change the namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +109,9 @@ pub enum Op {
     AwaitLock { ino: Ino, lock: Lock, ticket: u64 },
     /// Waits no longer. [`crate::MetaError::NotWaiting`]: the lock was granted before.
     WithdrawLock { ino: Ino, owner: LockOwner, ticket: u64 },
+    /// Limits what may be below a directory, also to less than there is; without limits the quota
+    /// ends.
+    SetQuota { ino: Ino, quota: Quota },
 }
 
 /// Who the cluster is, replicated so that every server can sign joiners.

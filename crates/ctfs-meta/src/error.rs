@@ -72,6 +72,12 @@ pub enum MetaError {
     KeyRemoved,
     #[error("policy out of range: {0}")]
     BadPolicy(String),
+    // Last, because a variant's number is part of the format.
+    #[error("more than the quota of directory {dir} allows")]
+    QuotaExceeded { dir: Ino },
+    /// As between two file systems: copy and remove instead.
+    #[error("directories {from} and {to} are below different quotas")]
+    AcrossQuota { from: Ino, to: Ino },
     /// Waiting for the lock would never end, because whoever is in the way waits for this owner.
     #[error("waiting for the lock would be a deadlock")]
     Deadlock,

@@ -13,6 +13,7 @@ pub mod command;
 pub mod error;
 pub mod member;
 pub mod namespace;
+pub mod quota;
 pub mod store;
 
 #[cfg(test)]
@@ -25,6 +26,7 @@ pub use command::{
 pub use error::MetaError;
 pub use member::{Member, MemberState, Policy, TokenRecord};
 pub use namespace::{Applied, ChunkRecord, DirEntry, Namespace, Totals, Wish};
+pub use quota::{Quota, QuotaUse};
 pub use store::{Batch, MemoryStore, Store, StoreError};
 
 /// The namespace as one server shares it between its tasks: many readers, one applier.

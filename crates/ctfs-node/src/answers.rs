@@ -45,6 +45,9 @@ impl AdminHandler for Answers {
                 node.policy(&path).map(Response::Policy)
             }
             Request::PolicyShow { path } => node.policy(&path).map(Response::Policy),
+            Request::QuotaSet { path, bytes, files } => node.set_quota(&path, bytes, files).await.map(Response::Quotas),
+            Request::QuotaClear { path } => node.clear_quota(&path).await.map(Response::Quotas),
+            Request::QuotaList { path } => node.quotas(path.as_ref()).map(Response::Quotas),
             Request::CacheDrop => {
                 let content = node.vfs.content();
                 let before = content.usage();
@@ -85,7 +88,7 @@ impl AdminHandler for Answers {
     }
 }
 
-fn store(error: ctfs_meta::StoreError) -> Problem {
+pub(crate) fn store(error: ctfs_meta::StoreError) -> Problem {
     Problem::metadata(&error.to_string())
 }
 
@@ -293,7 +296,14 @@ impl Node {
             let namespace = replica.read();
             (namespace.totals(ino).map_err(store)?.unwrap_or_default(), namespace.effective_policy(ino).map_err(store)?)
         };
-        let space = self.figures.space();
+        let quotas = self.quotas_over(ino)?;
+        let mut space = self.figures.space();
+        for quota in &quotas {
+            if let Some(limit) = quota.bytes_limit {
+                space.total = space.total.min(limit.0);
+                space.available = space.available.min(limit.0.saturating_sub(quota.bytes_used.0));
+            }
+        }
         let servers = self.servers()?;
         let active = servers.iter().filter(|s| s.state != ServerState::Away).count();
         Ok(DfReport {
@@ -303,6 +313,7 @@ impl Node {
             available: ByteSize(space.available),
             total: ByteSize(space.total),
             copies: Placement::copies_for(policy.copies, active) as u8,
+            quotas,
             servers: servers
                 .into_iter()
                 .map(|s| DfServer {
@@ -318,7 +329,7 @@ impl Node {
 
     /// The inode at an absolute path inside the mount, or at a path from the root of the volume
     /// when this server has no mount. Symlinks are not followed.
-    fn resolve(&self, path: &Path) -> Result<(Ino, Attr), Problem> {
+    pub(crate) fn resolve(&self, path: &Path) -> Result<(Ino, Attr), Problem> {
         let inside = match &self.settings.mountpoint {
             Some(mountpoint) => path.strip_prefix(mountpoint).map_err(|_| Problem::not_inside(path))?,
             None => path.strip_prefix("/").unwrap_or(path),

@@ -22,6 +22,7 @@ mod names;
 mod node;
 mod peers;
 pub mod problem;
+mod quotas;
 mod repair;
 mod report;
 mod roundtrip;

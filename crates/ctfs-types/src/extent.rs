@@ -100,6 +100,15 @@ impl Extent {
         self.start + self.data.len()
     }
 
+    /// What it adds to `st_blocks`: whole 4 KiB blocks, or 512-byte sectors when inline.
+    pub fn allocated(&self) -> u64 {
+        let unit = match self.data {
+            ExtentData::Inline(_) => 512,
+            ExtentData::Chunk { .. } => 4096,
+        };
+        u64::from(self.data.len()).next_multiple_of(unit)
+    }
+
     pub fn chunk(&self) -> Option<ChunkId> {
         match self.data {
             ExtentData::Chunk { id, .. } => Some(id),

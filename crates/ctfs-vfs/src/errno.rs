@@ -69,6 +69,9 @@ fn meta_errno(verdict: &MetaError) -> c_int {
         MetaError::Held { .. } => libc::EIO,
         // Retried where they come up; a program that hears of them heard it too late to go on.
         MetaError::Shared(_) | MetaError::SizeChanged(_) => libc::EIO,
+        MetaError::QuotaExceeded { .. } => libc::EDQUOT,
+        // As between file systems, so that programs copy and remove.
+        MetaError::AcrossQuota { .. } => libc::EXDEV,
         MetaError::Locked { .. } => libc::EAGAIN,
         MetaError::Deadlock => libc::EDEADLK,
         MetaError::TooManyWaiters => libc::ENOLCK,

@@ -93,6 +93,13 @@ pub enum FsError {
     NoLocks,
 }
 
+impl FsError {
+    /// There is room in the cluster, but not below this directory.
+    pub fn is_over_quota(&self) -> bool {
+        matches!(self, Self::Meta(MetaError::QuotaExceeded { .. }))
+    }
+}
+
 impl From<StoreError> for FsError {
     fn from(error: StoreError) -> Self {
         Self::Store(error.to_string())

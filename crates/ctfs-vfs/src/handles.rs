@@ -179,6 +179,12 @@ impl Handles {
         self.inner.lock().by_inode.contains_key(&ino)
     }
 
+    pub fn is_open_for_writing(&self, ino: Ino) -> bool {
+        let inner = self.inner.lock();
+        let ids = inner.by_inode.get(&ino).into_iter().flatten();
+        ids.filter_map(|id| inner.open.get(id)).any(|handle| handle.mode.write)
+    }
+
     /// For each inode whether it is open here. Those that are not are barred from being opened.
     pub fn open_orphans(&self, inos: &[Ino]) -> Vec<bool> {
         let mut inner = self.inner.lock();

@@ -24,7 +24,7 @@ use std::{
 };
 
 use ctfs_chunk::CacheTier;
-use ctfs_meta::{Change, LockOwner, Namespace, Reply, Totals};
+use ctfs_meta::{Change, LockOwner, Namespace, Reply, Totals, quota};
 use ctfs_types::{Attr, FileUse, Holder, Incarnation, Ino};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -264,21 +264,42 @@ impl Vfs {
     }
 
     /// Space and inodes, from this server's own state: never waits for the network, and for the
-    /// replica's lock at most 50 ms.
-    pub fn statfs(&self) -> Statfs {
-        let fresh = self.meta.replica().try_read_for(STATFS_PATIENCE).and_then(|ns| ns.totals(Ino::ROOT).ok().flatten());
-        let totals = match fresh {
-            Some(totals) => {
+    /// replica's lock at most 50 ms. Where a quota leaves less than the volume has, it is shown as if
+    /// the directory were a volume of that size.
+    pub fn statfs(&self, ino: Ino) -> Statfs {
+        let fresh = self
+            .meta
+            .replica()
+            .try_read_for(STATFS_PATIENCE)
+            .and_then(|ns| Some((ns.totals(Ino::ROOT).ok()??, ns.quotas_over(ino).ok()?)));
+        let (totals, quotas) = match fresh {
+            Some((totals, quotas)) => {
                 *self.last_totals.lock() = totals;
-                totals
+                (totals, quotas)
             }
-            None => *self.last_totals.lock(),
+            None => (*self.last_totals.lock(), Vec::new()),
         };
-        Statfs {
+        let mut statfs = Statfs {
             space: self.chunks.free(),
             files_used: totals.files + totals.directories + 1,
             bytes_used: totals.allocated,
+        };
+        let (bytes, files) = quota::tightest(&quotas);
+        if let Some((quota, limit)) = bytes.and_then(|quota| Some((quota, quota.quota.bytes?))) {
+            let (space, left) = (&mut statfs.space, limit.saturating_sub(quota.totals.allocated));
+            space.available = space.available.min(left);
+            if limit < space.total {
+                (space.total, space.free) = (limit, left);
+                statfs.bytes_used = quota.totals.allocated;
+            }
         }
+        if let Some((quota, left)) = files.and_then(|quota| Some((quota, quota.files_left()?)))
+            && left < statfs.space.files
+        {
+            statfs.space.files = left;
+            statfs.files_used = quota.totals.inodes();
+        }
+        statfs
     }
 
     /// Reads the replica so that the answer is the truth of some moment during the call.

@@ -11,6 +11,7 @@ use ctfs_node::{
 use crate::{
     Context,
     errors::Outcome,
+    verbs::quota,
     ui::{counted, filled, percent, table},
 };
 
@@ -51,6 +52,12 @@ fn render(report: &DfReport) -> String {
         copies => format!("{copies} copies"),
     };
     text += &format!("{} of {} still fit at {copies} of each chunk ({} % used)\n\n", report.available, report.total, percent(used, report.total.0));
+    for quota in &report.quotas {
+        text += &format!("quota of {}: {} bytes, {} files\n", quota.path, quota::bytes(quota), quota::files(quota));
+    }
+    if !report.quotas.is_empty() {
+        text += "\n";
+    }
     let row = |server: &DfServer| {
         vec![server.name.clone(), filled(server.store_used, server.store_capacity), filled(server.cache_used, server.cache_limit)]
     };
@@ -80,6 +87,7 @@ mod tests {
             available: ByteSize(75 * GIB),
             total: ByteSize(100 * GIB),
             copies: 1,
+            quotas: vec![],
             servers: vec![server],
         };
         assert_eq!(

@@ -12,6 +12,7 @@ pub mod mount;
 pub mod node;
 pub mod nodes;
 pub mod policy;
+pub mod quota;
 pub mod status;
 pub mod token;
 pub mod umount;

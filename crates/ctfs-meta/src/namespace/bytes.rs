@@ -110,8 +110,8 @@ impl Apply<'_, '_> {
         if let Some(id) = old.as_ref().and_then(Extent::chunk) {
             self.unname_chunk(id)?;
         }
-        inode.allocated -= old.as_ref().map_or(0, allocated);
-        inode.allocated += extent.as_ref().map_or(0, allocated);
+        inode.allocated -= old.as_ref().map_or(0, Extent::allocated);
+        inode.allocated += extent.as_ref().map_or(0, Extent::allocated);
         match extent {
             Some(extent) => self.txn.put(keys::cell(ino, cell), &extent),
             None => self.txn.delete(keys::cell(ino, cell)),
@@ -142,11 +142,11 @@ impl Apply<'_, '_> {
     }
 
     fn shorten_cell(&mut self, ino: Ino, inode: &mut Inode, cell: CellIndex, extent: Extent, room: u64) -> Outcome<()> {
-        inode.allocated -= allocated(&extent);
+        inode.allocated -= extent.allocated();
         let chunk = extent.chunk();
         match cut(Extent { stamp: self.index, ..extent }, room) {
             Some(shorter) => {
-                inode.allocated += allocated(&shorter);
+                inode.allocated += shorter.allocated();
                 self.txn.put(keys::cell(ino, cell), &shorter);
             }
             None => {
@@ -353,13 +353,4 @@ fn cut(extent: Extent, room: u64) -> Option<Extent> {
         ExtentData::Chunk { id, .. } => ExtentData::Chunk { id, len: left },
     };
     Some(Extent { data, ..extent })
-}
-
-/// What the extent adds to `st_blocks`: whole 4 KiB blocks, or 512-byte sectors when inline.
-pub(super) fn allocated(extent: &Extent) -> u64 {
-    let unit = match extent.data {
-        ExtentData::Inline(_) => 512,
-        ExtentData::Chunk { .. } => 4096,
-    };
-    u64::from(extent.data.len()).next_multiple_of(unit)
 }

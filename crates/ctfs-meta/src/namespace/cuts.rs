@@ -137,7 +137,7 @@ impl Apply<'_, '_> {
         if let Some(id) = extent.chunk() {
             self.unname_chunk(id)?;
         }
-        Ok(super::bytes::allocated(&extent))
+        Ok(extent.allocated())
     }
 }
 

@@ -24,6 +24,7 @@ pub const COUNTERS: u8 = 17;
 pub const STATE_HASH: u8 = 18;
 pub const CUTS: u8 = 19;
 pub const OWNED: u8 = 20;
+pub const QUOTA: u8 = 21;
 pub const WAITING: u8 = 22;
 pub const WAIT: u8 = 23;
 /// Keys from here on belong to whoever owns the store.
@@ -125,6 +126,11 @@ pub fn orphan(ino: Ino) -> Key {
 
 pub fn policy(ino: Ino) -> Key {
     key(POLICY, &[ino.0], &[])
+}
+
+/// A directory with a quota, so that they are found.
+pub fn quota(ino: Ino) -> Key {
+    key(QUOTA, &[ino.0], &[])
 }
 
 pub fn member(node: NodeId) -> Key {

@@ -1,7 +1,7 @@
 //! What the namespace does with a command.
 //!
 //! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
-//! whole), then by subject: [`names`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`cluster`]; [`reads`] is
+//! whole), then by subject: [`names`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`quotas`], [`cluster`]; [`reads`] is
 //! what everybody else asks.
 
 mod acl;
@@ -13,6 +13,7 @@ mod holding;
 mod keys;
 mod locks;
 mod names;
+mod quotas;
 mod reads;
 mod records;
 mod txn;
@@ -91,6 +92,11 @@ pub struct Totals {
 }
 
 impl Totals {
+    /// Files and directories.
+    pub fn inodes(&self) -> u64 {
+        self.files.saturating_add(self.directories)
+    }
+
     fn plus(self, other: Self) -> Self {
         Self {
             files: self.files.wrapping_add(other.files),
@@ -120,6 +126,8 @@ struct Apply<'a, 'b> {
     at: Timestamp,
     /// Cells that the command may still free.
     freed_max: usize,
+    /// What was below directories with a quota before the command.
+    counted: BTreeMap<Ino, Totals>,
 }
 
 impl Namespace {
@@ -275,8 +283,8 @@ fn run(
         return Ok(Err(MetaError::Answered));
     }
     let before = counters.clone();
-    let outcome =
-        Apply { txn, counters, index, request, at: command.at, freed_max }.dispatch(&command.op);
+    let mut apply = Apply { txn, counters, index, request, at: command.at, freed_max, counted: BTreeMap::new() };
+    let outcome = apply.dispatch(&command.op).and_then(|reply| apply.keep_quotas(&command.op).map(|()| reply));
     let verdict = match outcome {
         Ok(reply) => Ok(reply),
         Err(Fail::Verdict(verdict)) => {
@@ -339,6 +347,7 @@ impl Apply<'_, '_> {
             Op::RemoveMember { node } => self.remove_member(*node),
             Op::SetPolicy { ino, policy } => self.set_policy(*ino, *policy),
             Op::FreeCells { inos } => self.free_cells(inos),
+            Op::SetQuota { ino, quota } => self.set_quota(*ino, *quota),
         }
     }
 
@@ -374,8 +383,10 @@ impl Apply<'_, '_> {
         loop {
             let mut inode = self.inode(ino)?;
             let dir = inode.dir.as_mut().ok_or(MetaError::NotDirectory(ino))?;
+            let (quota, before) = (dir.quota, dir.totals);
             dir.totals = dir.totals.plus(difference);
             let (parent, named) = (dir.parent, inode.nlink > 0);
+            self.note_totals(ino, quota, before);
             self.put_inode(ino, &inode);
             if ino == Ino::ROOT || !named {
                 return Ok(());

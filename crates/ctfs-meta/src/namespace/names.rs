@@ -12,7 +12,7 @@ use super::{
     records::{CookieEntry, Dentry, Dir, Inode},
     txn::Outcome,
 };
-use crate::{Change, MetaError, NewContent, NewNode, RenameMode, Reply};
+use crate::{Change, MetaError, NewContent, NewNode, Quota, RenameMode, Reply};
 
 const SETGID: u16 = 0o2000;
 
@@ -126,6 +126,9 @@ impl Apply<'_, '_> {
         if self.dentry(parent, name)?.is_some() {
             return Err(MetaError::Exists { parent, name: name.clone() }.into());
         }
+        if let Some(home) = self.home(ino)? {
+            self.must_share_quota(home, parent)?;
+        }
         self.add_name(parent, name, ino)?;
         let attr = self.inode(ino)?.attr(ino);
         Ok(Reply::Entry { attr, made: true })
@@ -178,6 +181,7 @@ impl Apply<'_, '_> {
         {
             return Ok(Reply::Done);
         }
+        self.must_share_quota(from, to)?;
         if is_dir(&moved) {
             self.must_not_be_below(to, moved.ino)?;
         }
@@ -253,6 +257,7 @@ impl Apply<'_, '_> {
         self.unhook(parent, name, ino)?;
         let mut inode = self.inode(ino)?;
         inode.nlink = if inode.is_dir() { 0 } else { inode.nlink - 1 };
+        self.put_quota(ino, &mut inode, Quota::default());
         self.put_inode(ino, &inode);
         if inode.nlink == 0 {
             self.txn.put(keys::orphan(ino), &());

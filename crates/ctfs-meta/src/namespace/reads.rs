@@ -13,7 +13,7 @@ use super::{
     locks::{self, Wish},
     records::{self, CookieEntry, Dentry, Inode},
 };
-use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, StoreError, TokenRecord};
+use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, Quota, QuotaUse, StoreError, TokenRecord};
 
 type Read<T> = Result<T, StoreError>;
 
@@ -177,6 +177,49 @@ impl Namespace {
     /// Recursive counts below a directory.
     pub fn totals(&self, dir: Ino) -> Read<Option<Totals>> {
         Ok(self.inode(dir)?.and_then(|inode| inode.dir).map(|dir| dir.totals))
+    }
+
+    /// The limits set on `dir` itself.
+    pub fn quota(&self, dir: Ino) -> Read<Quota> {
+        Ok(self.inode(dir)?.and_then(|inode| inode.dir).map(|dir| dir.quota).unwrap_or_default())
+    }
+
+    /// Every directory with a quota, in order of inode.
+    pub fn quotas(&self) -> Read<Vec<QuotaUse>> {
+        let (from, to) = keys::under(keys::QUOTA, &[]);
+        let mut inos = Vec::new();
+        self.each(&from, &to, |key, _| {
+            inos.extend(keys::number_at(key, 1).map(Ino));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        let mut found = Vec::with_capacity(inos.len());
+        for ino in inos {
+            found.extend(self.inode(ino)?.and_then(|inode| inode.dir).map(|dir| QuotaUse { dir: ino, quota: dir.quota, totals: dir.totals }));
+        }
+        Ok(found)
+    }
+
+    /// The quotas that what is below `ino` counts for, or a file itself; nearest first. Nothing of
+    /// an inode without a name.
+    pub fn quotas_over(&self, ino: Ino) -> Read<Vec<QuotaUse>> {
+        let mut found = Vec::new();
+        if self.counters.quotas == 0 {
+            return Ok(found);
+        }
+        let mut next = Some(ino);
+        while let Some(ino) = next {
+            next = match self.inode(ino)? {
+                Some(Inode { nlink: 0, .. }) | None => None,
+                Some(Inode { dir: Some(dir), .. }) => {
+                    if !dir.quota.is_none() {
+                        found.push(QuotaUse { dir: ino, quota: dir.quota, totals: dir.totals });
+                    }
+                    (ino != Ino::ROOT).then_some(dir.parent)
+                }
+                Some(_) => self.first_link(ino)?.map(|(parent, _)| parent),
+            };
+        }
+        Ok(found)
     }
 
     /// Up to `limit` inodes without a name, in order, after `after` ([`Ino`] 0 starts).

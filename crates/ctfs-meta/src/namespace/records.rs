@@ -4,7 +4,7 @@ use ctfs_types::{Attr, CellSize, FileKind, FileName, FileUse, Ino, Timestamp, co
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Totals;
-use crate::StoreError;
+use crate::{Quota, StoreError};
 
 const VERSION: u8 = 1;
 /// No record comes near: the largest holds one extended attribute or one inline cell.
@@ -51,11 +51,12 @@ pub struct Dir {
     pub next_cookie: u64,
     /// Everything below.
     pub totals: Totals,
+    pub quota: Quota,
 }
 
 impl Dir {
     pub fn new(parent: Ino) -> Self {
-        Self { parent, entries: 0, subdirs: 0, next_cookie: 1, totals: Totals::default() }
+        Self { parent, entries: 0, subdirs: 0, next_cookie: 1, totals: Totals::default(), quota: Quota::default() }
     }
 }
 
@@ -115,10 +116,12 @@ pub struct Counters {
     pub applied: u64,
     pub next_ino: u64,
     pub chunks: u64,
+    /// Directories with a quota.
+    pub quotas: u64,
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0 }
+        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0, quotas: 0 }
     }
 }

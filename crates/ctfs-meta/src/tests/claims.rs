@@ -9,5 +9,6 @@ mod holding;
 mod lock_waiters;
 mod locks;
 mod names;
+mod quotas;
 mod requests;
 mod totals;

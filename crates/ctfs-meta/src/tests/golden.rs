@@ -11,7 +11,7 @@ use super::harness::{
     CLIENT, Volume, chunk, chunk_id, dump, identity, inline, member, name, node, owner, record_lock, time, token,
 };
 use crate::{
-    CellWrite, LockKind, MemberState, MetaError, NewContent, Op, Policy, RenameMode, Reply, SetAttr, XattrMode,
+    CellWrite, LockKind, MemberState, MetaError, NewContent, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
 };
 
 const ROOT: Ino = Ino::ROOT;
@@ -108,6 +108,10 @@ fn ops() -> Vec<Op> {
         Op::Own { ino: Ino(10), holder: HOLDER, although_shared: true },
         // Late, and so passed over.
         Op::Disown { files: vec![(Ino(10), 3)], holder: HOLDER, shared: true },
+        Op::SetQuota { ino: dir, quota: Quota { bytes: Some(1 << 40), files: Some(300) } },
+        Op::AwaitLock { ino: file, lock: record_lock(owner(2, 1, 97), true, 10, 19), ticket: 300 },
+        Op::AwaitLock { ino: file, lock: record_lock(owner(2, 1, 96), false, 10, 19), ticket: 301 },
+        Op::WithdrawLock { ino: file, owner: owner(2, 1, 96), ticket: 301 },
         // Refused, and so remembered.
         Op::Unlink { parent: ROOT, name: name("nothing") },
     ]
@@ -145,6 +149,11 @@ fn errors() -> Vec<MetaError> {
         MetaError::MemberNameTaken("a".into()),
         MetaError::KeyRemoved,
         MetaError::BadPolicy("why".into()),
+        MetaError::QuotaExceeded { dir: ino },
+        MetaError::AcrossQuota { from: ino, to: Ino(4) },
+        MetaError::Deadlock,
+        MetaError::TooManyWaiters,
+        MetaError::NotWaiting,
     ]
 }
 
@@ -174,6 +183,8 @@ fn replies() -> Vec<Reply> {
         Reply::Attr(attr.clone()),
         Reply::Written { attr, stamp: LogIndex(251) },
         Reply::Joined { member: member(1) },
+        Reply::Locked,
+        Reply::Queued,
     ]
 }
 
@@ -211,7 +222,7 @@ fn the_encoded_bytes_are_those_of_version_1() {
     let records = dump(volume.ns.store(), &[0xff]);
     let mut kinds: Vec<u8> = records.keys().map(|key| key[0]).collect();
     kinds.dedup();
-    assert_eq!(kinds, (1..=20).collect::<Vec<_>>(), "a record of each kind");
+    assert_eq!(kinds, (1..=23).collect::<Vec<_>>(), "a record of each kind");
     for (key, value) in records {
         text += &format!("record {} {}\n", hex(&key), hex(&value));
     }

@@ -19,7 +19,7 @@ use ctfs_types::{
 
 use self::bytes::drop_privileges_of;
 use super::{harness::CLIENT, observe::{Seen, Tree}};
-use crate::{CellWrite, MetaError, NewContent, NewNode, Op, RenameMode, SetAttr, Totals, XattrMode};
+use crate::{CellWrite, MetaError, NewContent, NewNode, Op, Quota, RenameMode, SetAttr, Totals, XattrMode};
 
 /// Every reason to refuse a command; one of them must be the verdict.
 pub type Reasons = Vec<MetaError>;
@@ -39,6 +39,7 @@ pub struct Model {
     pub next: u64,
     /// Known chunks: their bytes and when they fell to no reference.
     pub chunks: BTreeMap<ChunkId, (u32, Option<Timestamp>)>,
+    pub quotas: BTreeMap<Ino, Quota>,
 }
 
 fn attr(ino: Ino, kind: FileKind, mode: u16, at: Timestamp) -> Attr {
@@ -79,7 +80,7 @@ impl Model {
             target: None,
             xattrs: BTreeMap::new(),
         };
-        Self { inodes: BTreeMap::from([(Ino::ROOT, root)]), next: 2, chunks: BTreeMap::new() }
+        Self { inodes: BTreeMap::from([(Ino::ROOT, root)]), next: 2, chunks: BTreeMap::new(), quotas: BTreeMap::new() }
     }
 
     /// Runs one command as the only one of log entry `index`.
@@ -93,6 +94,13 @@ impl Model {
         if let Some(held) = held {
             return Err(vec![held]);
         }
+        let takes_away = matches!(op, Op::Unlink { .. } | Op::Rmdir { .. } | Op::Reap { .. } | Op::Punch { .. });
+        for (dir, quota) in &self.quotas {
+            if !takes_away && quota.refuses(self.totals(*dir), next.totals(*dir)) {
+                return Err(vec![MetaError::QuotaExceeded { dir: *dir }]);
+            }
+        }
+        next.quotas.retain(|dir, _| *dir == Ino::ROOT || next.inodes.values().any(|inode| inode.entries.values().any(|ino| ino == dir)));
         next.count_chunks(at);
         *self = next;
         Ok(())
@@ -163,6 +171,17 @@ impl Model {
                     if let Some(inode) = self.inodes.get_mut(&ino).filter(|inode| inode.attr.usage == FileUse::Owned { holder: *holder, since }) {
                         inode.attr.usage = if *shared { FileUse::Shared { since: at } } else { FileUse::Free };
                     }
+                }
+                Ok(())
+            }
+            Op::SetQuota { ino, quota } => {
+                let reasons = self.dir_reasons(*ino, &FileName::new(b"x").expect("a name"));
+                if !reasons.is_empty() {
+                    return Err(reasons);
+                }
+                self.quotas.remove(ino);
+                if !quota.is_none() {
+                    self.quotas.insert(*ino, *quota);
                 }
                 Ok(())
             }
@@ -241,6 +260,16 @@ impl Model {
                 Some((parent, _)) => dir = *parent,
                 None => return false,
             }
+        }
+    }
+
+    /// The nearest directory with a quota, from `dir` upwards.
+    fn quota_root(&self, mut dir: Ino) -> Option<Ino> {
+        loop {
+            if self.quotas.contains_key(&dir) {
+                return Some(dir);
+            }
+            dir = self.names_of(dir).first()?.0;
         }
     }
 
@@ -347,6 +376,11 @@ impl Model {
         if self.entry(parent, name).is_some() {
             reasons.push(MetaError::Exists { parent, name: name.clone() });
         }
+        if let Some((home, _)) = self.names_of(ino).into_iter().min()
+            && self.quota_root(home) != self.quota_root(parent)
+        {
+            reasons.push(MetaError::AcrossQuota { from: home, to: parent });
+        }
         if !reasons.is_empty() {
             return Err(reasons);
         }
@@ -428,6 +462,9 @@ impl Model {
                 }
                 _ => {}
             }
+        }
+        if self.quota_root(from) != self.quota_root(to) {
+            reasons.push(MetaError::AcrossQuota { from, to });
         }
         let (Some(moved), true) = (moved, reasons.is_empty()) else {
             return Err(reasons);

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileKind, FileName, Ino, Timestamp, codec};
 
 use super::harness::dump;
-use crate::{Namespace, Totals};
+use crate::{Namespace, Quota, QuotaUse, Totals};
 
 /// What is seen of one inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +19,7 @@ pub struct Seen {
     pub parent: Option<Ino>,
     /// Of directories.
     pub totals: Option<Totals>,
+    pub quota: Quota,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -104,6 +105,9 @@ pub fn observe(ns: &Namespace) -> Tree {
     let condemned: BTreeSet<_> = ns.condemned(Timestamp::new(i64::MAX, 0), usize::MAX).unwrap().into_iter().collect();
     let unnamed = tree.chunks.iter().filter(|(_, (references, ..))| *references == 0).map(|(id, _)| *id);
     assert_eq!(condemned, unnamed.collect());
+    let quotas = tree.inodes.iter().filter(|(_, seen)| !seen.quota.is_none());
+    let quotas: Vec<_> = quotas.map(|(dir, seen)| QuotaUse { dir: *dir, quota: seen.quota, totals: seen.totals.unwrap() }).collect();
+    assert_eq!(ns.quotas().unwrap(), quotas);
     assert_eq!(ns.state_hash(), ns.count_state_hash().unwrap(), "the running hash is that of all records");
     tree
 }
@@ -125,6 +129,7 @@ fn observe_inode(ns: &Namespace, ino: Ino) -> Seen {
         target: ns.readlink(ino).unwrap(),
         parent: if is_dir && attr.nlink > 0 { ns.parent(ino).unwrap() } else { None },
         totals: if is_dir { ns.totals(ino).unwrap() } else { None },
+        quota: ns.quota(ino).unwrap(),
         attr,
     }
 }

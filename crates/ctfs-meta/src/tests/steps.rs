@@ -13,7 +13,7 @@ use super::{
     harness::{CLIENT, chunk, chunk_id, inline, name, time},
     model::Model,
 };
-use crate::{CellWrite, NewContent, NewNode, Op, RenameMode, SetAttr, XattrMode};
+use crate::{CellWrite, NewContent, NewNode, Op, Quota, RenameMode, SetAttr, XattrMode};
 
 #[derive(Debug, Clone, Copy)]
 pub enum Action {
@@ -32,6 +32,7 @@ pub enum Action {
     Forget,
     Own,
     Disown,
+    Quota,
 }
 
 /// What to do and where; each byte is a choice whose meaning depends on the action.
@@ -62,6 +63,7 @@ pub fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Action::Forget),
         3 => Just(Action::Own),
         6 => Just(Action::Disown),
+        3 => Just(Action::Quota),
     ];
     vec((action, any::<[u8; 8]>()).prop_map(|(action, choices)| Step(action, choices)), 1..most)
 }
@@ -185,6 +187,11 @@ pub fn resolve(model: &Model, Step(action, c): Step) -> Op {
             let orphans: Vec<Ino> = model.inodes.keys().copied().filter(|ino| model.is_orphan(*ino)).collect();
             let inos = if c[0] < 128 { orphans } else { vec![some_inode(model, c[1]), some_inode(model, c[2])] };
             Op::Reap { inos }
+        }
+        Action::Quota => {
+            let (bytes, files) = (of(&[0, 512, 4096, CELL / 2, 3 * CELL], c[2]), u64::from(c[3] % 5));
+            let quota = Quota { bytes: (c[1] & 1 == 1).then_some(bytes), files: (c[1] & 2 == 2).then_some(files) };
+            Op::SetQuota { ino: some_dir(model, c[0]), quota }
         }
         Action::Forget => Op::ForgetChunks { chunks: (0..6).filter(|n| c[0] >> n & 1 == 1).map(chunk_id).collect() },
     }

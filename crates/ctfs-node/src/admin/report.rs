@@ -206,6 +206,10 @@ pub struct DfReport {
     pub total: ByteSize,
     /// Copies of each chunk in force.
     pub copies: u8,
+    /// That hold for the path, nearest first. What is available and in total is not more than they
+    /// allow.
+    #[serde(default)]
+    pub quotas: Vec<QuotaReport>,
     pub servers: Vec<DfServer>,
 }
 
@@ -300,6 +304,25 @@ pub struct PolicyReport {
     pub cell: ByteSize,
     /// Copies that come of it with the servers there are.
     pub copies_now: u8,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotasReport {
+    /// In order of path; as many as one answer holds, some thousands.
+    pub quotas: Vec<QuotaReport>,
+    pub more: u64,
+}
+
+/// Limits of one directory, and what counts against them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotaReport {
+    pub path: WirePath,
+    pub bytes_limit: Option<ByteSize>,
+    /// Allocated below the directory.
+    pub bytes_used: ByteSize,
+    pub files_limit: Option<u64>,
+    /// Files and directories below the directory.
+    pub files_used: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ use ctfs_types::CellSize;
 use serde::{Deserialize, Serialize};
 
 use super::report::{
-    CacheDropReport, DfReport, DoneReport, InfoReport, NodesReport, PingReport, PolicyReport, StatusReport, TokenReport,
+    CacheDropReport, DfReport, DoneReport, InfoReport, NodesReport, PingReport, PolicyReport, QuotasReport, StatusReport, TokenReport,
 };
 
 /// One thing to do or to look at.
@@ -47,6 +47,19 @@ pub enum Request {
     PolicyShow {
         path: WirePath,
     },
+    /// `None` leaves a limit as it is.
+    QuotaSet {
+        path: WirePath,
+        bytes: Option<u64>,
+        files: Option<u64>,
+    },
+    QuotaClear {
+        path: WirePath,
+    },
+    /// `None`: all.
+    QuotaList {
+        path: Option<WirePath>,
+    },
     CacheDrop,
     /// Unmounts; the daemon goes on serving its peers.
     Umount {
@@ -73,6 +86,8 @@ pub enum Response {
     Df(DfReport),
     Info(InfoReport),
     Policy(PolicyReport),
+    /// To everything about quotas.
+    Quotas(QuotasReport),
     CacheDrop(CacheDropReport),
     /// To everything that only does something.
     Done(DoneReport),

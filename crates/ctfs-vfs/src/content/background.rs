@@ -110,6 +110,8 @@ impl Shared {
         local.in_background = false;
         match flushed {
             Ok(()) => (local.failures, local.retry_at) = (0, None),
+            // Dropped, and kept to be told.
+            Err(error) if error.is_over_quota() => (local.failures, local.retry_at) = (0, None),
             Err(error) => {
                 // Nobody is told: the bytes are still here, and the next fsync tries for itself.
                 let pause = RETRY_FIRST.saturating_mul(1 << local.failures.min(6)).min(RETRY_LAST);

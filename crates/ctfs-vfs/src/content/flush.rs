@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
-use ctfs_meta::{CellWrite, MetaError, Op, Reply};
+use ctfs_meta::{CellWrite, Change, MetaError, Op, Reply};
 use ctfs_types::{Attr, CellIndex, ExtentData, Ino, LogIndex, Timestamp, limits::INLINE_BYTES_MAX};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
@@ -104,7 +104,56 @@ impl Shared {
     ///
     /// What becomes dirty meanwhile is left for the next one, so a busy writer cannot keep it going.
     pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
-        self.flush_placed(inode, turn, cut, None).await
+        match self.flush_placed(inode, turn, cut, None).await {
+            Err(refusal) if refusal.is_over_quota() => self.flush_over_quota(inode, turn, cut, refusal).await,
+            flushed => flushed,
+        }
+    }
+
+    /// A quota has no room for all that is unflushed: commits cell by cell what it lets through, and
+    /// drops the others' bytes, because no later flush could promise more. Whoever wrote them is told.
+    async fn flush_over_quota(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut, refusal: FsError) -> Result<(), FsError> {
+        let (ino, grid) = (inode.ino, inode.entry.cell_size());
+        // The file does not grow by bytes that are dropped.
+        let pending = Pending { size: None, ..self.pending(inode, None) };
+        let mut dropped = 0u64;
+        for cell in inode.entry.dirty_cells(cut == Cut::WholeCells) {
+            match self.flush_batch(inode, turn, &[cell], pending).await {
+                Err(error) if error.is_over_quota() => {
+                    inode.entry.abandon_flush();
+                    let (offset, len) = (grid.start_of(cell), grid.bytes());
+                    let mut local = inode.local.lock();
+                    let before = inode.entry.dirty_bytes();
+                    inode.entry.discard(offset..offset + len);
+                    dropped += before.saturating_sub(inode.entry.dirty_bytes());
+                    local.size = inode.entry.view().unflushed_end();
+                    local.error = Some(error);
+                    drop(local);
+                    if let Some(kernel) = self.waits.kernel() {
+                        kernel.invalidate(vec![Change::Data { ino, offset, len }, Change::Attr { ino }]);
+                    }
+                }
+                flushed => flushed?,
+            }
+        }
+        // The times, and what was written meanwhile.
+        self.flush_placed(inode, turn, cut, None).await?;
+        if dropped == 0 {
+            return Ok(());
+        }
+        warn!(%ino, dropped, "unflushed bytes over a quota were dropped");
+        Err(refusal)
+    }
+
+    fn pending(&self, inode: &Inode, appends_at: Option<u64>) -> Pending {
+        let local = inode.local.lock();
+        Pending {
+            size: local.size,
+            mtime: local.mtime,
+            drops_wanted: local.drops_wanted,
+            drop_privileges: local.drop_is_pending(),
+            appends_at,
+        }
     }
 
     /// As [`Self::flush_locked`], of one append: refused when the file's size is not `appends_at`.
@@ -136,6 +185,9 @@ impl Shared {
             other => other,
         };
         let mut local = inode.local.lock();
+        if !local.in_doubt {
+            self.settle_aside(inode);
+        }
         if !local.attributes_pending() && !local.in_doubt && inode.entry.dirty_bytes() == 0 {
             local.since = None;
             self.pending.lock().remove(&inode.ino);
@@ -171,16 +223,7 @@ impl Shared {
         appends_at: Option<u64>,
     ) -> Result<(), FsError> {
         // The attributes first: what is written from here on belongs to the next flush.
-        let pending = {
-            let local = inode.local.lock();
-            Pending {
-                size: local.size,
-                mtime: local.mtime,
-                drops_wanted: local.drops_wanted,
-                drop_privileges: local.drop_is_pending(),
-                appends_at,
-            }
-        };
+        let pending = self.pending(inode, appends_at);
         let cells = inode.entry.dirty_cells(cut == Cut::WholeCells);
         let batch = (BATCH_BYTES / inode.entry.cell_size().bytes()).clamp(1, BATCH_CELLS) as usize;
         let batches = cells.chunks(batch);

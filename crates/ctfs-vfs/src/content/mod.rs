@@ -13,7 +13,7 @@
 //! | --- | --- | --- |
 //! | [`Inode::gate`] | shared: write; alone: truncate, punch, clone | what takes bytes away drops no byte written meanwhile |
 //! | [`Inode::flushing`] | one flush, truncate, punch or clone at a time | flushing ranges have one owner; holds the command whose outcome is not known |
-//! | [`Inode::local`], the tier entry, the replica | short, never across an await, taken in this order | |
+//! | [`Inode::local`], the tier entry, [`Shared::ledger`], the replica | short, never across an await, taken in this order | |
 //!
 //! A read takes no gate: the kernel may hold a page locked for it, and the change that a truncate
 //! waits for may in turn wait for that page. [`Local::cut`] tells a read on which side of a truncate
@@ -22,7 +22,7 @@
 //! A read of resident bytes and a write with room in the tier complete without awaiting anything.
 //!
 //! Reading order: [`sharing`] (which server may write), [`read`], [`write`], [`flush`], [`doubt`]
-//! (commands without an answer), [`resize`] (truncate, allocate), [`ranges`] (seek, copy),
+//! (commands without an answer), [`resize`] (truncate, allocate), [`room`] (quotas), [`ranges`] (seek, copy),
 //! [`background`].
 
 mod background;
@@ -31,6 +31,7 @@ mod flush;
 mod ranges;
 mod read;
 mod resize;
+mod room;
 mod sharing;
 #[cfg(test)]
 mod tests;
@@ -147,6 +148,8 @@ struct Shared {
     closed: AtomicBool,
     /// The tier's disk is down to its reserve: whatever is unflushed is flushed, to be evicted.
     short_of_disk: AtomicBool,
+    /// Room below quotas for what is unflushed.
+    ledger: Mutex<room::Ledger>,
 }
 
 /// One regular file in use.
@@ -255,6 +258,7 @@ impl Content {
             background_flushes: Arc::new(Semaphore::new(settings.flushes.max(1))),
             closed: AtomicBool::new(false),
             short_of_disk: AtomicBool::new(false),
+            ledger: Mutex::default(),
             settings,
         });
         runtime.spawn(background::run(Arc::downgrade(&shared), kick));
@@ -271,10 +275,12 @@ impl Content {
     }
 
     /// Writes `data` at `offset`; it is visible here when this answers, and durable after a flush.
+    /// Answers how much of it was written: less than all where room ended, as write(2) has it.
     ///
     /// # Errors
     /// - [`FsError::TooBig`]: over the largest size of a file, or of one in the cache directory.
     /// - [`FsError::CacheFull`]: no room in the tier within [`ContentSettings::room_patience`].
+    /// - [`MetaError::QuotaExceeded`]: no room for the first byte below a quota.
     pub async fn write(
         &self,
         ino: Ino,
@@ -286,13 +292,14 @@ impl Content {
         self.shared.write(ino, write::Place::At(offset), data, drop_privileges, pages).await.map(|(_, len)| len)
     }
 
-    /// Writes `data` at the end of the file, as this server sees it, and answers where that was.
+    /// Writes `data` at the end of the file, as this server sees it, and answers where that was and
+    /// how much was written.
     /// Appends of this server do not overlap each other.
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool, pages: Pages) -> Result<u64, FsError> {
-        self.shared.write(ino, write::Place::End, data, drop_privileges, pages).await.map(|(offset, _)| offset)
+    pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool, pages: Pages) -> Result<(u64, u32), FsError> {
+        self.shared.write(ino, write::Place::End, data, drop_privileges, pages).await
     }
 
     /// Gets the right to write to `ino`, so that other servers ask before they use it.
@@ -343,8 +350,8 @@ impl Content {
     /// Makes everything written to `ino` before the call durable and visible to every server.
     ///
     /// # Errors
-    /// What kept it from being durable. The bytes stay unflushed, a later flush may succeed; the
-    /// error is also kept for [`Self::take_error`].
+    /// What kept it from being durable. The bytes stay unflushed, a later flush may succeed; only
+    /// what is over a quota is dropped. The error is also kept for [`Self::take_error`].
     pub async fn flush(&self, ino: Ino) -> Result<(), FsError> {
         self.shared.flush(ino).await
     }
@@ -527,6 +534,7 @@ impl Shared {
             .is_some_and(|inode| Arc::strong_count(inode) == 1 && inode.local.lock().opens == 0 && !inode.has_pending());
         if unused {
             inodes.remove(&ino);
+            self.ledger.lock().forget(ino);
             drop(inodes);
             self.tier.release(ino);
         }
@@ -535,6 +543,7 @@ impl Shared {
     fn forget(&self, ino: Ino) {
         self.inodes.lock().remove(&ino);
         self.pending.lock().remove(&ino);
+        self.ledger.lock().forget(ino);
         self.tier.forget(ino);
         self.drained.notify_waiters();
     }

@@ -131,18 +131,21 @@ impl Shared {
         if shares {
             self.flush(source).await?;
         }
-        let (mut done, mut share_tail) = (0, true);
+        let (mut done, mut share_tail, mut whole_max) = (0, true, CLONE_CELLS_MAX);
         while done < len {
             let (read_at, write_at, left) = (from + done, to + done, len - done);
             let at_cell = shares && grid.within(read_at) == 0;
-            let mut whole = if at_cell { left / grid.bytes() } else { 0 };
+            let mut whole = if at_cell { (left / grid.bytes()).min(whole_max) } else { 0 };
             // The source's last cell is zero behind its end, so it can be shared where nothing of
             // the target lies behind it.
-            if at_cell && share_tail && whole == 0 && read_at + left == size && write_at + left >= self.size(writer)? {
+            if at_cell && share_tail && whole_max > 0 && whole == 0 && read_at + left == size && write_at + left >= self.size(writer)? {
                 whole = 1;
             }
             let step = if whole > 0 {
-                let whole = whole.min(CLONE_CELLS_MAX);
+                if !self.surely_fits(target, whole * grid.bytes())? {
+                    // What was written before comes first.
+                    self.flush_below_quotas(target).await?;
+                }
                 let bytes = left.min(whole * grid.bytes());
                 let (first, at) = (grid.cell_of(read_at), grid.cell_of(write_at));
                 match self.clone_cells(source, first, writer, at, whole, write_at + bytes).await {
@@ -150,6 +153,11 @@ impl Shared {
                     // Somebody appended to the target behind the copied bytes: those must stay.
                     Err(FsError::Meta(MetaError::CellChanged { .. })) if !bytes.is_multiple_of(grid.bytes()) => {
                         share_tail = false;
+                        0
+                    }
+                    // Fewer may fit below a quota; in the end a part of a cell.
+                    Err(error) if error.is_over_quota() => {
+                        whole_max = whole / 2;
                         0
                     }
                     Err(FsError::Meta(MetaError::Held { .. })) if done > 0 => break,
@@ -162,8 +170,12 @@ impl Shared {
                 if bytes.is_empty() {
                     break;
                 }
-                let (_, written) = self.write(target, super::write::Place::At(write_at), bytes, true, Pages::Unlocked).await?;
-                u64::from(written)
+                match self.write(target, super::write::Place::At(write_at), bytes, true, Pages::Unlocked).await {
+                    Ok((_, written)) => u64::from(written),
+                    // What was copied before counts; the next call is told.
+                    Err(error) if error.is_over_quota() && done > 0 => break,
+                    Err(error) => return Err(error),
+                }
             };
             done += step;
         }

@@ -170,13 +170,16 @@ impl Shared {
         Range { start: offset, end }: Range<u64>,
     ) -> Result<(), FsError> {
         let ino = inode.ino;
+        if !zero {
+            self.may_allocate(ino, end - offset)?;
+        }
         if zero {
             let size = self.size(inode)?;
             if offset < size {
                 self.zero(inode, offset..end.min(size)).await?;
             }
-            self.touch(inode, &mut inode.local.lock(), false);
         }
+        self.touch(inode, &mut inode.local.lock(), false);
         if !keep_size && end > self.size(inode)? {
             // Not SetAttr: a size that somebody else made larger meanwhile stays.
             let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false, appends_at: None };

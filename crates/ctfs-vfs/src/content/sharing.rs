@@ -76,7 +76,7 @@ impl PageWaits {
         self.counts.lock().contains_key(&ino)
     }
 
-    fn enter(&self, ino: Ino, pages: Pages) -> Option<PageWait<'_>> {
+    pub(super) fn enter(&self, ino: Ino, pages: Pages) -> Option<PageWait<'_>> {
         if pages == Pages::Unlocked {
             return None;
         }
@@ -88,7 +88,7 @@ impl PageWaits {
     }
 }
 
-struct PageWait<'a> {
+pub(super) struct PageWait<'a> {
     waits: &'a PageWaits,
     ino: Ino,
 }
@@ -231,7 +231,10 @@ impl Shared {
         }
         {
             let mut turn = inode.flushing.lock().await;
-            self.flush_locked(&inode, &mut turn, Cut::Everything).await?;
+            let flushed = self.flush_locked(&inode, &mut turn, Cut::Everything).await;
+            // What is over a quota is dropped, and told to whoever wrote it: the other server need not
+            // wait for it.
+            flushed.or_else(|error| if error.is_over_quota() { Ok(()) } else { Err(error) })?;
         }
         let shared = inode.local.lock().writers > 0;
         self.disown(&[&inode], vec![(ino, since)], shared).await
@@ -376,6 +379,9 @@ impl Shared {
         (local.size, local.mtime) = (None, None);
         local.drops_committed = local.drops_wanted;
         // While it is in doubt whether they are written after all, the background has to find out.
+        if !local.in_doubt {
+            self.settle_aside(inode);
+        }
         if inode.entry.dirty_bytes() == 0 && !local.in_doubt {
             local.since = None;
             self.pending.lock().remove(&inode.ino);

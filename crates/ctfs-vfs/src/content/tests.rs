@@ -1,6 +1,7 @@
 mod disk;
 mod harness;
 mod model;
+mod quotas;
 
 use std::sync::atomic::Ordering::SeqCst;
 

@@ -15,6 +15,8 @@ use crate::FsError;
 
 /// Least bytes that a write is cut into where the tier is small.
 const PIECE_BYTES_MIN: u64 = 64 << 10;
+/// How often a write looks for room below a quota that others here are filling, too.
+const QUOTA_TRIES: u32 = 4;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Place {
@@ -34,6 +36,7 @@ impl Shared {
     ) -> Result<(u64, u32), FsError> {
         let inode = self.inode(ino)?;
         let deadline = Instant::now() + self.settings.holder_patience;
+        let (mut data, mut tries) = (data, 0);
         loop {
             let mode = self.claim(&inode, pages).await?;
             let gate = inode.enter().await;
@@ -55,7 +58,18 @@ impl Shared {
                     return Err(FsError::LostWrites { ino, why: "this server was cut off while it wrote".into() });
                 }
             }
-            return written;
+            match written {
+                Err(error) if error.is_over_quota() && tries < QUOTA_TRIES => {
+                    tries += 1;
+                    let _waits = self.waits.enter(ino, pages);
+                    self.flush_below_quotas(ino).await?;
+                    data.truncate(self.fitting(&inode, place, &data)?);
+                    if data.is_empty() {
+                        return Err(error);
+                    }
+                }
+                written => return written,
+            }
         }
     }
 
@@ -149,6 +163,7 @@ impl Shared {
             }
         };
         let end = offset.checked_add(data.len() as u64).filter(|&end| end <= FILE_BYTES_MAX).ok_or(FsError::TooBig)?;
+        self.set_aside(inode, local.size, offset, data)?;
         inode.entry.write(offset, data).map_err(|error| cache_error(inode.ino, error))?;
         if !data.is_empty() {
             local.size = local.size.max(Some(end));

@@ -36,6 +36,15 @@ impl Vfs {
         }
     }
 
+    /// Whether this caller's chown(-1, -1) would change the mode of somebody else's file. The kernel
+    /// checks that of every other chown and chmod.
+    fn may_not_drop(caller: Caller, before: &Attr) -> bool {
+        let mode = u32::from(before.mode);
+        let setgid = mode & libc::S_ISGID != 0 && (mode & libc::S_IXGRP != 0 || !caller.keeps_setgid(before.gid));
+        let drops = before.kind != FileKind::Directory && (mode & libc::S_ISUID != 0 || setgid);
+        drops && caller.uid != 0 && caller.uid != before.uid
+    }
+
     /// Changes attributes in one step and answers all of them as they are now.
     ///
     /// # Errors
@@ -52,6 +61,11 @@ impl Vfs {
         let mode = request.mode.map(|mode| (mode & 0o7777) as u16);
         // An empty request is chown(-1, -1), which clears the bits all the same.
         let is_chown = request.uid.is_some() || request.gid.is_some() || request == SetAttrRequest::default();
+        // The kernel sends the same before it writes for somebody who may write and not keep the bits.
+        let is_for_a_write = self.handles.is_open_for_writing(ino);
+        if request == SetAttrRequest::default() && !is_for_a_write && Self::may_not_drop(caller, &before) {
+            return Err(FsError::NotPermitted);
+        }
         let truncates_unprivileged = request.size.is_some() && caller.uid != 0;
         let set = SetAttr {
             mode,

@@ -101,12 +101,13 @@ impl Vfs {
         self.content.read(ino, offset, len, pages(mode)).await
     }
 
-    /// Writes all of `data` and answers its length. `drop_privileges`: the kernel says that the
-    /// writer may not keep setuid and setgid bits. `from_cache`: these are pages of a mapping that
-    /// the kernel writes back, so the offset holds whatever the handle was opened for.
+    /// Writes `data` and answers how much of it: less than all where room ended. `drop_privileges`:
+    /// the kernel says that the writer may not keep setuid and setgid bits. `from_cache`: these are
+    /// pages of a mapping that the kernel writes back, so the offset holds whatever the handle was
+    /// opened for.
     ///
     /// # Errors
-    /// [`FsError::CacheFull`] or [`FsError::NoSpace`] (ENOSPC), [`FsError::TooBig`] (EFBIG).
+    /// [`FsError::CacheFull`] or [`FsError::NoSpace`] (ENOSPC), [`FsError::TooBig`] (EFBIG), or EDQUOT.
     #[allow(clippy::too_many_arguments)] // As many as the kernel's request has.
     pub async fn write(
         &self,
@@ -124,17 +125,19 @@ impl Vfs {
         }
         let drop_privileges = drop_privileges || caller.uid != 0;
         let pages = if from_cache { Pages::Locked } else { pages(mode) };
+        if !from_cache && (mode.append || mode.direct) {
+            self.drop_capability(ino).await?;
+        }
         if from_cache || !mode.append {
             return self.content.write(ino, offset, data, drop_privileges, pages).await;
         }
-        let len = data.len() as u64;
-        let written_at = self.content.append(ino, data, drop_privileges, pages).await?;
+        let (written_at, len) = self.content.append(ino, data, drop_privileges, pages).await?;
         if written_at != offset {
             // Somebody else appended since the kernel looked at the size: its pages hold our bytes
             // where they are not.
             self.invalidate(vec![Change::Data { ino, offset: offset.min(written_at), len: u64::MAX }]);
         }
-        Ok(len as u32)
+        Ok(len)
     }
 
     /// One descriptor of the handle was closed: everything written is durable when this answers, so

@@ -13,27 +13,47 @@ const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
 const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 const TRUSTED: &[u8] = b"trusted.";
 
-/// Whether names like this can be set by programs.
-fn is_stored(name: &[u8]) -> bool {
-    let in_namespace = |prefix: &[u8]| name.len() > prefix.len() && name.starts_with(prefix);
-    in_namespace(b"user.")
-        || in_namespace(TRUSTED)
-        || in_namespace(b"security.")
-        || name == ACL_ACCESS
-        || name == ACL_DEFAULT
+/// Namespaces in which programs name what they store.
+const NAMESPACES: [&[u8]; 3] = [b"user.", TRUSTED, b"security."];
+/// What [`ctfs_meta`] takes away from a file that changes, and Linux from one that anybody writes.
+const CAPABILITY: &[u8] = b"security.capability";
+
+fn is_acl(name: &[u8]) -> bool {
+    name == ACL_ACCESS || name == ACL_DEFAULT
+}
+
+/// Whether programs can ask for, set and remove an attribute of this name.
+fn check_name(name: &[u8]) -> Result<(), FsError> {
+    if NAMESPACES.contains(&name) {
+        return Err(FsError::Invalid("an extended attribute's name is only its namespace"));
+    }
+    if !is_acl(name) && !NAMESPACES.iter().any(|namespace| name.starts_with(namespace)) {
+        return Err(FsError::Unsupported("extended attribute namespace"));
+    }
+    Ok(())
 }
 
 impl Vfs {
     /// The value of one attribute. `ctfs.files`, `ctfs.directories` and `ctfs.bytes` of a
-    /// directory answer its recursive counts in decimal; they are not listed.
+    /// directory answer its recursive counts in decimal, `ctfs.quota.bytes` and `ctfs.quota.files` the
+    /// limits set on it; they are not listed.
     ///
     /// # Errors
-    /// ENODATA when there is none.
+    /// ENODATA when there is none; EOPNOTSUPP outside the known namespaces.
     pub async fn getxattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<Vec<u8>, FsError> {
         if name.starts_with(TRUSTED) && caller.uid != 0 {
             return Err(MetaError::NoSuchXattr.into());
         }
         self.read(|ns| {
+            if let Some(limit) = name.strip_prefix(b"ctfs.quota.") {
+                let quota = ns.quota(ino)?;
+                let limit = match limit {
+                    b"bytes" => quota.bytes,
+                    b"files" => quota.files,
+                    _ => None,
+                };
+                return Ok(limit.ok_or(MetaError::NoSuchXattr)?.to_string().into_bytes());
+            }
             if let Some(counter) = name.strip_prefix(b"ctfs.") {
                 let totals = ns.totals(ino)?.ok_or(MetaError::NoSuchXattr)?;
                 let count = match counter {
@@ -44,6 +64,7 @@ impl Vfs {
                 };
                 return Ok(count.to_string().into_bytes());
             }
+            check_name(name)?;
             match ns.xattr(ino, name)? {
                 Some(value) => Ok(value),
                 None => Err(Self::attr_of(ns, ino).map_or_else(|gone| gone, |_| MetaError::NoSuchXattr.into())),
@@ -95,16 +116,29 @@ impl Vfs {
     }
 
     /// # Errors
-    /// ENODATA when there is none.
+    /// ENODATA when there is none, unless it is an access control list, as on every Linux file system.
     pub async fn removexattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
         self.may_change(caller, name)?;
-        self.meta.propose(Op::RemoveXattr { ino, name: name.to_vec() }).await.map(drop)
+        match self.meta.propose(Op::RemoveXattr { ino, name: name.to_vec() }).await {
+            Err(FsError::Meta(MetaError::NoSuchXattr)) if is_acl(name) => Ok(()),
+            decided => decided.map(drop),
+        }
+    }
+
+    /// Takes the capability of a file that is about to be written. For writes that the kernel sends
+    /// past its page cache, it leaves this to us, whoever writes.
+    pub(super) async fn drop_capability(&self, ino: Ino) -> Result<(), FsError> {
+        if self.meta.replica().read().xattr(ino, CAPABILITY)?.is_none() {
+            return Ok(());
+        }
+        match self.meta.propose(Op::RemoveXattr { ino, name: CAPABILITY.to_vec() }).await {
+            Ok(_) | Err(FsError::Meta(MetaError::NoSuchXattr)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn may_change(&self, caller: Caller, name: &[u8]) -> Result<(), FsError> {
-        if !is_stored(name) {
-            return Err(FsError::Unsupported("extended attribute namespace"));
-        }
+        check_name(name)?;
         // The kernel asks for CAP_SYS_ADMIN; this is the second lock on the same door.
         if name.starts_with(TRUSTED) && caller.uid != 0 {
             return Err(FsError::NotPermitted);

@@ -179,6 +179,7 @@ impl Model {
                 _ => None,
             },
             totals: is_dir.then(|| self.totals(ino)),
+            quota: self.quotas.get(&ino).copied().unwrap_or_default(),
         }
     }
 
@@ -203,7 +204,7 @@ impl Model {
     }
 
     /// Each inode counts once, where its smallest (directory, name) stands.
-    fn totals(&self, dir: Ino) -> Totals {
+    pub(super) fn totals(&self, dir: Ino) -> Totals {
         let mut totals = Totals::default();
         for ino in self.inodes.keys().copied().filter(|ino| *ino != dir && *ino != Ino::ROOT) {
             let Some((home, _)) = self.names_of(ino).into_iter().min() else { continue };

@@ -134,6 +134,10 @@ impl Cluster {
         }
     }
 
+    pub fn replica(&self) -> &SharedNamespace {
+        &self.namespace
+    }
+
     pub fn attr(&self, ino: Ino) -> Attr {
         self.namespace.read().attr(ino).unwrap().unwrap()
     }
@@ -209,7 +213,7 @@ impl Server {
     }
 
     pub async fn append(&self, ino: Ino, data: Bytes, drop_privileges: bool) -> Result<u64, FsError> {
-        self.content.append(ino, data, drop_privileges, Pages::Unlocked).await
+        self.content.append(ino, data, drop_privileges, Pages::Unlocked).await.map(|(at, _)| at)
     }
 }
 

@@ -5,6 +5,7 @@ pub mod memory;
 mod claims;
 mod locks;
 mod model;
+mod rights;
 mod sharing;
 
 use std::sync::Arc;
@@ -43,24 +44,31 @@ impl World {
         self.dir.path()
     }
 
-    /// Makes the first server a member, so that its life can be ended.
+    /// Makes the servers members, so that their lives can be ended.
     pub async fn found(&self) {
-        use ctfs_meta::{ClusterIdentity, Member, MemberState, Op};
-        let member = Member {
-            node: ctfs_types::NodeId(1),
-            name: "s1".into(),
+        use ctfs_meta::{ClusterIdentity, Member, MemberState, Op, TokenRecord};
+        use ctfs_types::{Incarnation, NodeId, Timestamp};
+        let member = |number: u64| Member {
+            node: NodeId(number),
+            name: format!("s{number}"),
             zone: "z".into(),
-            key: [1; 32],
+            key: [number as u8; 32],
             addresses: vec![],
             capacity: 1,
             state: MemberState::Active,
-            incarnation: ctfs_types::Incarnation(1),
-            version: String::new(),
+            incarnation: Incarnation(number),
             fenced: false,
-            joined: ctfs_types::Timestamp::EPOCH,
+            version: String::new(),
+            joined: Timestamp::EPOCH,
         };
+        let founder = &self.servers[0].meta;
         let cluster = ClusterIdentity { id: [0; 16], name: "test".into(), ca_certificate: vec![] };
-        self.servers[0].meta.propose(Op::Found { cluster, member }).await.unwrap();
+        founder.propose(Op::Found { cluster, member: member(1) }).await.unwrap();
+        let token = TokenRecord { hash: [7; 32], expires: Timestamp::new(i64::MAX, 0), uses_left: 100 };
+        founder.propose(Op::CreateToken { token }).await.unwrap();
+        for number in 2..=self.servers.len() as u64 {
+            founder.propose(Op::Join { token: [7; 32], member: member(number) }).await.unwrap();
+        }
     }
 
     pub fn vfs(&self, server: usize) -> &Arc<Vfs> {

@@ -68,12 +68,13 @@ impl Run {
             .filter(|racer| racer.open.write || !matches!(racer.deed, Deed::Write { .. } | Deed::Punch | Deed::Zero))
             .collect();
         let appends = racers.iter().any(Racer::appends);
-        let grows = |racer: &Racer| !racer.appends() && matches!(racer.deed, Deed::Write { .. }) && racer.at + racer.len > size;
-        let any_grows = racers.iter().any(grows);
+        let touches = |racer: &Racer| matches!(racer.deed, Deed::Write { .. } | Deed::Punch | Deed::Zero);
+        let passes_end = |racer: &Racer| !racer.appends() && touches(racer) && racer.at + racer.len > size;
+        let any_grows = racers.iter().any(passes_end);
         let racers: Vec<Racer> = racers
             .into_iter()
-            // Where the end is must not depend on the order.
-            .filter(|racer| !(appends && grows(racer)))
+            // What is at the end must not depend on the order.
+            .filter(|racer| !(appends && passes_end(racer)))
             .filter(|racer| !(matches!(racer.deed, Deed::KeepSize) && (appends || any_grows)))
             .collect();
         let before = self.reference.node(first.id).clone();
