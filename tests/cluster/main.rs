@@ -13,6 +13,7 @@ mod members;
 mod model;
 mod posix;
 mod programs;
+mod quota;
 mod sharing;
 mod support;
 mod tools;

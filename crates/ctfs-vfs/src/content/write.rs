@@ -58,6 +58,7 @@ impl Shared {
                     return Err(FsError::LostWrites { ino, why: "this server was cut off while it wrote".into() });
                 }
             }
+            drop(gate);
             match written {
                 Err(error) if error.is_over_quota() && tries < QUOTA_TRIES => {
                     tries += 1;

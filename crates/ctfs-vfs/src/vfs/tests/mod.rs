@@ -5,6 +5,7 @@ pub mod memory;
 mod claims;
 mod locks;
 mod model;
+mod quotas;
 mod rights;
 mod sharing;
 
