@@ -2,7 +2,9 @@
 //!
 //! Written by hand, because an entry is *expired* (`FUSE_EXPIRE_ONLY`, protocol 7.38) rather than
 //! thrown out: the next walk asks us again, and if the name still leads to the same inode, working
-//! directories and mounts below it stay. Throwing it out would detach them.
+//! directories and mounts below it stay. Throwing it out would detach them. A name that is gone is
+//! thrown out all the same: a directory that is only expired in its old place cannot be taken up in
+//! its new one by a rename, which would fail with ESTALE.
 
 use std::{fs::File, io, os::fd::OwnedFd};
 
@@ -27,12 +29,13 @@ impl NoticeChannel {
         Self { device: File::from(device), can_expire }
     }
 
-    /// Makes the kernel ask again for `name`. Waits for the kernel's lock on the directory.
-    pub fn forget_entry(&self, parent: Ino, name: &FileName) -> io::Result<()> {
+    /// Makes the kernel ask again for `name`, or throw it out when it is gone. Waits for the kernel's
+    /// lock on the directory.
+    pub fn forget_entry(&self, parent: Ino, name: &FileName, gone: bool) -> io::Result<()> {
         let mut body = Vec::with_capacity(16 + name.as_bytes().len() + 1);
         body.extend(parent.0.to_ne_bytes());
         body.extend((name.as_bytes().len() as u32).to_ne_bytes());
-        body.extend(if self.can_expire { EXPIRE_ONLY } else { 0 }.to_ne_bytes());
+        body.extend(if self.can_expire && !gone { EXPIRE_ONLY } else { 0 }.to_ne_bytes());
         body.extend(name.as_bytes());
         body.push(0);
         self.send(NOTIFY_INVAL_ENTRY, &body)

@@ -287,7 +287,9 @@ impl Shared {
 
     fn tell_one(&self, change: &Forget) {
         let told = match change {
-            Forget::Change(Change::Entry { parent, name }) => self.channel.forget_entry(*parent, name),
+            Forget::Change(Change::Entry { parent, name }) => {
+                self.channel.forget_entry(*parent, name, self.vfs.is_name_gone(*parent, name))
+            }
             Forget::Change(Change::Data { ino, offset, len }) => {
                 self.channel.forget_pages(*ino, *offset, if *len == u64::MAX { 0 } else { *len })
             }

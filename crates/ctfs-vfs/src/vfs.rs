@@ -25,7 +25,7 @@ use std::{
 
 use ctfs_chunk::CacheTier;
 use ctfs_meta::{Change, LockOwner, Namespace, Reply, Totals, quota};
-use ctfs_types::{Attr, FileUse, Holder, Incarnation, Ino};
+use ctfs_types::{Attr, FileName, FileUse, Holder, Incarnation, Ino};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -180,6 +180,11 @@ impl Vfs {
     /// The kernel may keep pages that are old: the next open of each file drops them.
     pub fn distrust_pages(&self) {
         self.page_versions.lock().clear();
+    }
+
+    /// Whether this replica knows that nothing has this name.
+    pub fn is_name_gone(&self, parent: Ino, name: &FileName) -> bool {
+        matches!(self.meta.replica().read().lookup(parent, name), Ok(None))
     }
 
     /// Whether a request that holds pages of `ino` waits for the cluster.

@@ -86,6 +86,25 @@ fn two_servers_making_names_in_one_directory_do_not_wait_for_each_other() {
     });
 }
 
+/// `mv` asks for a rename before it looks. A directory that the kernel still had in its old place
+/// could not be taken up in the new one in the middle of a rename: ESTALE, again and again.
+#[test]
+fn a_directory_moved_elsewhere_is_renamed_here_without_being_looked_at() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        fs::create_dir_all(paths[0].join("a/below/deeper")).unwrap();
+        fs::create_dir_all(paths[0].join("b/below")).unwrap();
+        for path in &paths {
+            fs::metadata(path.join("a/below/deeper")).unwrap();
+            fs::metadata(path.join("b/below")).unwrap();
+        }
+        for _ in 0..5 {
+            fs::rename(paths[0].join("a"), paths[0].join("b/below/a")).unwrap();
+            fs::rename(paths[1].join("b/below/a"), paths[1].join("a")).unwrap();
+        }
+    });
+}
+
 #[test]
 fn a_working_directory_survives_changes_around_it() {
     let Some(mounts) = Mounts::new(2) else { return };
