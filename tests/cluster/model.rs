@@ -368,7 +368,7 @@ fn shown(outcome: &Outcome) -> String {
 fn three_mounts_under_random_calls_of_several_users_are_one_file_system() {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let seed = number("CTFS_TEST_SEED").unwrap_or_else(|| rand::rng().random_range(0..1_000_000));
-    let steps = number("CTFS_TEST_STEPS").unwrap_or(1500) as usize;
+    let steps = number("CTFS_TEST_STEPS").unwrap_or(4500) as usize;
     println!("CTFS_TEST_SEED={seed} CTFS_TEST_STEPS={steps}");
     let cluster = Cluster::start("model", SERVERS);
     let local = tempfile::tempdir_in("/var/tmp").expect("make a directory");
