@@ -26,6 +26,8 @@ pub(super) struct Doubt {
     request: Arc<dyn Request>,
     /// What it writes; nothing of a command that takes bytes away or changes attributes.
     write: Option<Write>,
+    /// The size it sets: unflushed bytes past it go with those that the metadata know, if it happened.
+    size: Option<u64>,
 }
 
 /// A write that may have happened. Its bytes are in the tier as flushing ones.
@@ -66,8 +68,12 @@ impl Shared {
     ) -> Result<Reply, FsError> {
         debug_assert!(turn.is_none(), "one doubt is ended before the next command");
         let request = self.meta.request();
+        let size = match &op {
+            Op::SetAttr { set, .. } => set.size,
+            _ => None,
+        };
         // From here on, also if whoever asked goes away before the answer.
-        *turn = Some(Doubt { request: request.clone(), write });
+        *turn = Some(Doubt { request: request.clone(), write, size });
         {
             let mut local = inode.local.lock();
             local.in_doubt = true;
@@ -93,7 +99,17 @@ impl Shared {
     pub(super) async fn end_doubt(&self, inode: &Inode, turn: &mut Turn) -> Result<(), FsError> {
         let Some(doubt) = turn.as_ref() else { return Ok(()) };
         let ino = inode.ino;
-        let happened = match (doubt.request.propose(Op::Noop).await, &doubt.write) {
+        let outcome = doubt.request.propose(Op::Noop).await;
+        if let Some(size) = doubt.size {
+            let was_cut = match &outcome {
+                Ok(reply) => matches!(reply, Reply::Attr(_)),
+                Err(FsError::Meta(MetaError::Answered)) => self.seems_cut(inode)?,
+                Err(FsError::Meta(_)) => false,
+                Err(error) => return Err(error.clone()),
+            };
+            self.cut_ended(inode, was_cut.then_some(size));
+        }
+        let happened = match (outcome, &doubt.write) {
             (Ok(Reply::Written { attr, .. }), _) => Some(attr),
             (Err(FsError::Meta(MetaError::Answered)), Some(write)) => self.seems_written(ino, write)?,
             (Ok(_) | Err(FsError::Meta(_)), _) => None,
@@ -112,6 +128,38 @@ impl Shared {
         *turn = None;
         inode.local.lock().in_doubt = false;
         Ok(())
+    }
+
+    /// Whether the data version says that a truncate happened, after its verdict was forgotten. Who has
+    /// bytes to lose holds the file, so nobody else has changed it.
+    fn seems_cut(&self, inode: &Inode) -> Result<bool, FsError> {
+        let before = inode.local.lock().cut;
+        let attr = super::attr_of(&self.meta.replica().read(), inode.ino)?;
+        Ok(before.is_some_and(|before| before != attr.data_version))
+    }
+
+    /// The outcome of a truncate in doubt is known: to this size, or not at all. Nothing was written
+    /// since, because writes wait for it.
+    fn cut_ended(&self, inode: &Inode, size: Option<u64>) {
+        if let Some(size) = size {
+            inode.entry.abandon_flush();
+            inode.entry.discard(size..u64::MAX);
+        }
+        let mut local = inode.local.lock();
+        if size.is_some() {
+            (local.size, local.mtime) = (None, None);
+        }
+        local.set_cut(None);
+    }
+
+    /// Before something is written: ends the doubt about a truncate, if there is one. The caller has
+    /// entered the gate.
+    pub(super) async fn know_the_size(&self, inode: &Inode) -> Result<(), FsError> {
+        if inode.local.lock().cut.is_none() {
+            return Ok(());
+        }
+        let mut turn = inode.flushing.lock().await;
+        self.end_doubt(inode, &mut turn).await
     }
 
     /// Whether the cells say that the write happened, after its verdict was forgotten. It will not

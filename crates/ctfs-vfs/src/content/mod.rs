@@ -176,8 +176,8 @@ struct Local {
     drops_committed: u64,
     /// Since when something waits to be flushed.
     since: Option<Instant>,
-    /// While a truncate is under way: the file's data version before it. Once the metadata show
-    /// another, the unflushed bytes past their size are as good as gone.
+    /// While a truncate is under way or in doubt: the file's data version before it. Once the metadata
+    /// show another, the unflushed bytes past their size are as good as gone.
     cut: Option<u64>,
     /// Counts the changes of `cut`; a read that saw it move starts over.
     cuts: u64,
@@ -552,9 +552,12 @@ impl Shared {
     ///
     /// What was written here is looked at first: it is let go of only after the metadata know.
     fn size(&self, inode: &Inode) -> Result<u64, FsError> {
-        let local = inode.local.lock().size;
+        let (size, cut) = {
+            let local = inode.local.lock();
+            (local.size, local.cut)
+        };
         let attr = attr_of(&self.meta.replica().read(), inode.ino)?;
-        Ok(attr.size.max(local.unwrap_or(0)))
+        Ok(shown_size(&attr, size, cut))
     }
 
     fn overlay(&self, attr: &mut Attr) {
@@ -562,7 +565,7 @@ impl Shared {
         let Some(inode) = inode else { return };
         let dirty = inode.entry.dirty_bytes();
         let local = inode.local.lock();
-        attr.size = attr.size.max(local.size.unwrap_or(0));
+        attr.size = shown_size(attr, local.size, local.cut);
         if let Some(mtime) = local.mtime {
             attr.mtime = mtime;
             attr.ctime = attr.ctime.max(mtime);
@@ -592,6 +595,12 @@ impl Shared {
 
 fn attr_of(ns: &Namespace, ino: Ino) -> Result<Attr, FsError> {
     ns.attr(ino)?.ok_or(FsError::Meta(MetaError::NoSuchInode(ino)))
+}
+
+/// The size programs see: with what was written here, unless a truncate has taken that away.
+fn shown_size(attr: &Attr, written: Option<u64>, cut: Option<u64>) -> u64 {
+    let was_cut = cut.is_some_and(|before| attr.data_version != before);
+    if was_cut { attr.size } else { attr.size.max(written.unwrap_or(0)) }
 }
 
 fn extent_of(ns: &Namespace, ino: Ino, cell: CellIndex) -> Result<Option<Extent>, FsError> {

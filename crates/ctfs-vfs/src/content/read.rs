@@ -9,7 +9,7 @@ use ctfs_types::{CellIndex, ExtentData, Ino};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::debug;
 
-use super::{Inode, Pages, Shared, attr_of, cache_error, extent_of, tag_of};
+use super::{Inode, Pages, Shared, attr_of, cache_error, extent_of, shown_size, tag_of};
 use crate::FsError;
 
 /// How often a read starts over because the cells it fetched were changed meanwhile.
@@ -109,7 +109,7 @@ impl Shared {
         let grid = inode.entry.cell_size();
         let (local_size, cut, cuts) = {
             let local = inode.local.lock();
-            (local.size.unwrap_or(0), local.cut, local.cuts)
+            (local.size, local.cut, local.cuts)
         };
         // The entry first, the replica inside it: see `Entry::view`.
         let view = inode.entry.view();
@@ -118,8 +118,7 @@ impl Shared {
         if attr.usage.held_from(self.me()).is_some() {
             return Ok(Attempt::Held);
         }
-        let was_cut = cut.is_some_and(|before| attr.data_version != before);
-        let size = if was_cut { attr.size } else { attr.size.max(local_size) };
+        let size = shown_size(&attr, local_size, cut);
         let end = offset.saturating_add(len.into()).min(size);
         if offset >= end {
             return Ok(Attempt::Done { bytes: Bytes::new(), size, cuts });

@@ -11,7 +11,7 @@ use crate::FsError;
 
 const CAPABILITY: &[u8] = b"security.capability";
 
-/// Marks a truncate as under way, until it is done or given up.
+/// Marks a truncate as under way, until it is done or given up, or else until its outcome is known.
 struct CutMark<'a>(&'a Inode);
 
 impl<'a> CutMark<'a> {
@@ -24,7 +24,10 @@ impl<'a> CutMark<'a> {
 
 impl Drop for CutMark<'_> {
     fn drop(&mut self) {
-        self.0.local.lock().set_cut(None);
+        let mut local = self.0.local.lock();
+        if !local.in_doubt {
+            local.set_cut(None);
+        }
     }
 }
 
@@ -51,6 +54,7 @@ impl Shared {
             None => None,
         };
         let mut turn = inode.flushing.lock().await;
+        self.end_doubt(&inode, &mut turn).await?;
         // Earlier writes that drop setuid come before a chmod that sets it.
         if set.mode.is_some() {
             self.commit_drops_in_turn(&inode, &mut turn).await?;
@@ -133,6 +137,7 @@ impl Shared {
             if self.write_mode(&inode)? != Some(mode) {
                 continue;
             }
+            self.know_the_size(&inode).await?;
             let allocated = self.allocate_claimed(&inode, keep_size, zero, offset..end).await;
             let allocated = match mode {
                 WriteMode::Buffer => allocated,

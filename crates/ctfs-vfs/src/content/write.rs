@@ -44,6 +44,7 @@ impl Shared {
             if self.write_mode(&inode)? != Some(mode) {
                 continue;
             }
+            self.know_the_size(&inode).await?;
             let written = self.write_in_mode(&inode, mode, place, &data, drop_privileges, pages).await;
             match written {
                 // Another server took the file on the way; nothing was written.

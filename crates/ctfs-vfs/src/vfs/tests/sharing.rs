@@ -211,3 +211,29 @@ async fn a_hole_that_could_not_be_punched_is_not_punched_later_over_what_others_
     world.vfs(0).fsync(ino, here).await.unwrap();
     assert_eq!(&content(world.vfs(1), ino).await[998..1008], b"xxtheirsxx");
 }
+
+/// A truncate without an answer had happened, and the flush of what was written before it brought
+/// the end of the file back.
+#[tokio::test]
+async fn a_truncate_without_an_answer_happened_or_did_not_and_stays_so() {
+    for seed in 0..12 {
+        let world = World::new(2);
+        let ino = file(world.vfs(0), ROOT, "f", &[b'x'; 20_000]).await.ino;
+        let handle = open(world.vfs(0), ino, libc::O_RDWR).await;
+        write(world.vfs(0), ino, handle, 15_000, &[b'y'; 1000]).await;
+        let old = read(world.vfs(0), ino, handle).await;
+        world.cluster.seed(seed);
+        world.cluster.set_weather(memory::Weather { lost: 256, ..Default::default() });
+        let set = crate::SetAttrRequest { size: Some(100), ..Default::default() };
+        assert_eq!(world.vfs(0).setattr(Caller::ROOT, ino, set).await.unwrap_err().errno(), libc::EIO);
+        world.cluster.set_weather(memory::Weather::default());
+        let seen = read(world.vfs(0), ino, handle).await;
+        assert!(seen == old || seen == old[..100], "{} bytes", seen.len());
+        assert_eq!(world.vfs(0).getattr(ino).await.unwrap().size, seen.len() as u64);
+        write(world.vfs(0), ino, handle, 120, b"later").await;
+        let later = read(world.vfs(0), ino, handle).await;
+        assert_eq!(later.len(), seen.len().max(125));
+        world.vfs(0).fsync(ino, handle).await.unwrap();
+        assert!(content(world.vfs(1), ino).await == later);
+    }
+}
