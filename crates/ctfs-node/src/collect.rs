@@ -68,7 +68,7 @@ impl Collector {
                 match (namespace.orphans(after, BATCH), namespace.members()) {
                     (Ok(inos), Ok(mut members)) => {
                         // A life that was ended has nothing open that counts.
-                        members.retain(|member| !namespace.is_ended(member.incarnation).unwrap_or(false));
+                        members.retain(|member| !member.fenced);
                         (inos, namespace.applied(), members)
                     }
                     _ => return,

@@ -50,8 +50,8 @@ pub async fn end_silent(node: Arc<Node>) {
             members
                 .into_iter()
                 // One that has joined and not come up yet has no life to end.
-                .filter(|member| member.node != node.id && member.incarnation.0 != 0 && is_silent(member.node))
-                .filter(|member| !namespace.is_ended(member.incarnation).unwrap_or(true))
+                .filter(|member| member.node != node.id && member.incarnation.0 != 0 && !member.fenced)
+                .filter(|member| is_silent(member.node))
                 .collect()
         };
         for member in silent {

@@ -40,6 +40,11 @@ pub trait Metadata: Send + Sync + 'static {
     /// This life of the daemon; locks belong to it.
     fn incarnation(&self) -> Incarnation;
 
+    /// This life, as a holder of files.
+    fn holder(&self) -> Holder {
+        Holder { node: self.node(), incarnation: self.incarnation() }
+    }
+
     /// Whether this server's read lease holds at this moment.
     fn leased(&self) -> bool;
 }

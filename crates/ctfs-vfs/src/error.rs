@@ -98,6 +98,11 @@ impl FsError {
     pub fn is_over_quota(&self) -> bool {
         matches!(self, Self::Meta(MetaError::QuotaExceeded { .. }))
     }
+
+    /// Whether a proposal that failed so may have happened, or happen yet.
+    pub fn is_doubtful(&self) -> bool {
+        matches!(self, Self::NoQuorum { .. } | Self::Shutdown | Self::Meta(MetaError::Answered))
+    }
 }
 
 impl From<StoreError> for FsError {

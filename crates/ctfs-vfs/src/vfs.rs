@@ -25,7 +25,7 @@ use std::{
 
 use ctfs_chunk::CacheTier;
 use ctfs_meta::{Change, LockOwner, Namespace, Reply, Totals, quota};
-use ctfs_types::{Attr, FileName, FileUse, Holder, Incarnation, Ino};
+use ctfs_types::{Attr, FileName, FileUse, Incarnation, Ino};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -207,14 +207,14 @@ impl Vfs {
     pub async fn peek_here(&self, ino: Ino) -> Result<Attr, FsError> {
         let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
         match attr.usage {
-            FileUse::Owned { holder, .. } if holder == self.me() => Ok(self.shown(attr)),
+            FileUse::Owned { holder, .. } if holder == self.meta.holder() => Ok(self.shown(attr)),
             _ => Err(FsError::Stale(ino)),
         }
     }
 
     /// Whether the kernel may keep attributes of this file: not while another server writes it.
     pub fn may_cache(&self, attr: &Attr) -> bool {
-        attr.usage.held_from(self.me()).is_none()
+        attr.usage.held_from(self.meta.holder()).is_none()
     }
 
     /// This life of the server was ended while it was cut off: what it held others may have by now.
@@ -330,10 +330,6 @@ impl Vfs {
     /// This life of the server.
     pub fn incarnation(&self) -> Incarnation {
         self.meta.incarnation()
-    }
-
-    fn me(&self) -> Holder {
-        Holder { node: self.meta.node(), incarnation: self.meta.incarnation() }
     }
 
     fn lock_wait_ended(&self, owner: &LockOwner, ticket: u64, fate: Fate) {

@@ -30,16 +30,26 @@ pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
             return;
         }
         shared.keep_reserve().await;
-        shared.work_in_background().await;
+        shared.flush_what_is_due();
+    }
+}
+
+/// As [`run`], for what may wait for a majority: flushes and room must not wait with it.
+pub(super) async fn give_up(shared: Weak<Shared>) {
+    loop {
+        tokio::time::sleep(TICK).await;
+        let Some(shared) = shared.upgrade() else { return };
+        if shared.closed.load(Relaxed) {
+            return;
+        }
+        shared.give_up_idle().await;
     }
 }
 
 impl Shared {
-    /// One round of what is due.
-    pub(super) async fn work_in_background(self: &Arc<Self>) {
+    pub(super) fn flush_what_is_due(self: &Arc<Self>) {
         self.drop_reaped();
         self.start_flushes();
-        self.give_up_idle().await;
         self.drop_idle();
     }
 

@@ -7,7 +7,7 @@
 //! else about them is proposed before. The doubt is ended by [`Op::Noop`] under the same request: the
 //! answer is the verdict of the command if it happened, and if it did not, then it never will.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use ctfs_meta::{MetaError, Op, Reply};
 use ctfs_types::{Attr, ExtentData, Ino, LogIndex};
@@ -77,14 +77,11 @@ impl Shared {
         {
             let mut local = inode.local.lock();
             local.in_doubt = true;
-            if local.since.is_none() {
-                // The background ends the doubt if nobody else does.
-                local.since = Some(Instant::now());
-                self.pending.lock().insert(inode.ino, inode.clone());
-            }
+            // The background ends the doubt if nobody else does.
+            self.has_something_pending(inode, &mut local);
         }
         let outcome = request.propose(op).await;
-        if outcome.as_ref().err().is_none_or(|error| !is_doubtful(error)) {
+        if outcome.as_ref().err().is_none_or(|error| !error.is_doubtful()) {
             *turn = None;
             inode.local.lock().in_doubt = false;
         }
@@ -125,9 +122,16 @@ impl Shared {
             self.committed(inode, &attr, write.pending);
         }
         inode.entry.abandon_flush();
-        *turn = None;
-        inode.local.lock().in_doubt = false;
+        self.forget_doubt(inode, turn);
         Ok(())
+    }
+
+    /// The outcome is known, or no business of this server's any more.
+    pub(super) fn forget_doubt(&self, inode: &Inode, turn: &mut Turn) {
+        *turn = None;
+        let mut local = inode.local.lock();
+        local.in_doubt = false;
+        local.set_cut(None);
     }
 
     /// Whether the data version says that a truncate happened, after its verdict was forgotten. Who has
@@ -145,11 +149,10 @@ impl Shared {
             inode.entry.abandon_flush();
             inode.entry.discard(size..u64::MAX);
         }
-        let mut local = inode.local.lock();
         if size.is_some() {
+            let mut local = inode.local.lock();
             (local.size, local.mtime) = (None, None);
         }
-        local.set_cut(None);
     }
 
     /// Before something is written: ends the doubt about a truncate, if there is one. The caller has
@@ -198,9 +201,4 @@ impl Shared {
             Err(error) => Err(error),
         }
     }
-}
-
-/// Whether a proposal that failed so may have happened, or happen yet.
-fn is_doubtful(error: &FsError) -> bool {
-    matches!(error, FsError::NoQuorum { .. } | FsError::Shutdown | FsError::Meta(MetaError::Answered))
 }

@@ -185,13 +185,7 @@ impl Shared {
             other => other,
         };
         let mut local = inode.local.lock();
-        if !local.in_doubt {
-            self.settle_aside(inode);
-        }
-        if !local.attributes_pending() && !local.in_doubt && inode.entry.dirty_bytes() == 0 {
-            local.since = None;
-            self.pending.lock().remove(&inode.ino);
-        } else if flushed.is_ok() {
+        if !self.is_clean(inode, &mut local) && flushed.is_ok() {
             local.since = Some(Instant::now());
         }
         drop(local);

@@ -262,6 +262,7 @@ impl Content {
             settings,
         });
         runtime.spawn(background::run(Arc::downgrade(&shared), kick));
+        runtime.spawn(background::give_up(Arc::downgrade(&shared)));
         Self { shared }
     }
 
@@ -467,10 +468,11 @@ impl Content {
         self.shared.kick.notify_one();
     }
 
-    /// One round of the background task, which otherwise comes when it comes.
+    /// One round of the background tasks, which otherwise come when they come.
     #[cfg(test)]
     pub(crate) async fn work_in_background(&self) {
-        self.shared.work_in_background().await;
+        self.shared.flush_what_is_due();
+        self.shared.give_up_idle().await;
     }
 
     /// Unflushed bytes of all files.

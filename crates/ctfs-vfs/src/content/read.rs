@@ -115,7 +115,7 @@ impl Shared {
         let view = inode.entry.view();
         let ns = self.meta.replica().read();
         let attr = attr_of(&ns, ino)?;
-        if attr.usage.held_from(self.me()).is_some() {
+        if attr.usage.held_from(self.meta.holder()).is_some() {
             return Ok(Attempt::Held);
         }
         let size = shown_size(&attr, local_size, cut);

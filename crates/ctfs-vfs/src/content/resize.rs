@@ -132,11 +132,13 @@ impl Shared {
         let inode = self.inode(ino)?;
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
-            let mode = self.claim(&inode, Pages::Unlocked).await?;
-            let _gate = inode.gate.write().await;
-            if self.write_mode(&inode)? != Some(mode) {
+            self.be_current().await?;
+            let gate = inode.gate.write().await;
+            let Some(mode) = self.write_mode(&inode)? else {
+                drop(gate);
+                self.claim(&inode, Pages::Unlocked).await?;
                 continue;
-            }
+            };
             self.know_the_size(&inode).await?;
             let allocated = self.allocate_claimed(&inode, keep_size, zero, offset..end).await;
             let allocated = match mode {

@@ -19,7 +19,7 @@
 //! makes a new holding: a command to give up that was late, or of unknown fate, ends only its own.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     sync::Arc,
     time::Duration,
 };
@@ -106,10 +106,6 @@ impl Drop for PageWait<'_> {
 }
 
 impl Shared {
-    pub(super) fn me(&self) -> Holder {
-        Holder { node: self.meta.node(), incarnation: self.meta.incarnation() }
-    }
-
     fn usage(&self, ino: Ino) -> Result<FileUse, FsError> {
         Ok(attr_of(&self.meta.replica().read(), ino)?.usage)
     }
@@ -117,7 +113,7 @@ impl Shared {
     /// Whether bytes may be buffered at this moment; `None` when the file must be taken first.
     pub(super) fn write_mode(&self, inode: &Inode) -> Result<Option<WriteMode>, FsError> {
         match self.usage(inode.ino)? {
-            FileUse::Owned { holder, .. } if holder == self.me() && !inode.local.lock().holding_is_in_doubt => {
+            FileUse::Owned { holder, .. } if holder == self.meta.holder() && !inode.local.lock().holding_is_in_doubt => {
                 Ok(Some(WriteMode::Buffer))
             }
             FileUse::Shared { since } if !is_over(since, self.settings.shared_for) => Ok(Some(WriteMode::Through)),
@@ -130,7 +126,7 @@ impl Shared {
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
             self.be_current().await?;
-            match self.usage(ino)?.held_from(self.me()) {
+            match self.usage(ino)?.held_from(self.meta.holder()) {
                 None => return Ok(()),
                 Some(holder) => self.recall(ino, holder, pages, deadline).await?,
             }
@@ -173,7 +169,7 @@ impl Shared {
             }
             self.be_current().await?;
             let attr = attr_of(&self.meta.replica().read(), ino)?;
-            match attr.usage.held_from(self.me()) {
+            match attr.usage.held_from(self.meta.holder()) {
                 None => return Ok(attr),
                 Some(now) => holder = now,
             }
@@ -186,7 +182,7 @@ impl Shared {
 
     /// Gets the right to write: to buffer, after taking the file if need be, or to write through.
     pub(super) async fn claim(&self, inode: &Inode, pages: Pages) -> Result<WriteMode, FsError> {
-        let (ino, me) = (inode.ino, self.me());
+        let (ino, me) = (inode.ino, self.meta.holder());
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
             self.be_current().await?;
@@ -226,7 +222,7 @@ impl Shared {
         let inode = self.inode(ino)?;
         let _gate = inode.gate.write().await;
         let FileUse::Owned { holder, since } = self.usage(ino)? else { return Ok(()) };
-        if holder != self.me() {
+        if holder != self.meta.holder() {
             return Ok(());
         }
         {
@@ -244,15 +240,15 @@ impl Shared {
     pub(super) async fn give_up_idle(&self) {
         let idle: Vec<Ino> = {
             let mut idle = self.idle.lock();
-            let some: BTreeSet<Ino> = idle.iter().copied().take(GIVE_UP_MAX).collect();
-            idle.retain(|ino| !some.contains(ino));
-            some.into_iter().collect()
+            std::iter::from_fn(|| idle.pop_first()).take(GIVE_UP_MAX).collect()
         };
-        if idle.is_empty() {
-            return;
-        }
+        self.give_up_unused(&idle).await;
+        idle.into_iter().for_each(|ino| self.release(ino));
+    }
+
+    async fn give_up_unused(&self, idle: &[Ino]) {
         let inodes: Vec<Arc<Inode>> = idle.iter().filter_map(|ino| self.inode(*ino).ok()).collect();
-        let me = self.me();
+        let me = self.meta.holder();
         let (mut gates, mut given, mut files) = (Vec::new(), Vec::new(), Vec::new());
         for inode in &inodes {
             // Somebody is writing right now; the last close comes back here.
@@ -281,15 +277,11 @@ impl Shared {
             debug!(count, %error, "files stay owned");
             self.idle.lock().extend(given.iter().map(|inode| inode.ino));
         }
-        drop(gates);
-        let inos: Vec<Ino> = inodes.iter().map(|inode| inode.ino).collect();
-        drop(inodes);
-        inos.into_iter().for_each(|ino| self.release(ino));
     }
 
     /// The callers hold the gates alone, and nothing is pending.
     async fn disown(&self, inodes: &[&Inode], files: Vec<(Ino, u64)>, shared: bool) -> Result<(), FsError> {
-        let given = self.meta.propose(Op::Disown { files, holder: self.me(), shared }).await;
+        let given = self.meta.propose(Op::Disown { files, holder: self.meta.holder(), shared }).await;
         if given.is_err() {
             // It may still happen, at any time: whoever writes next takes the file anew.
             inodes.iter().for_each(|inode| inode.local.lock().holding_is_in_doubt = true);
@@ -299,7 +291,7 @@ impl Shared {
 
     /// Before this server stops: gives up everything that could be flushed.
     pub(super) async fn give_up_all(&self) {
-        let me = self.me();
+        let me = self.meta.holder();
         loop {
             let held = match self.meta.replica().read().held_by(me, GIVE_UP_MAX) {
                 Ok(held) => held,
@@ -324,11 +316,10 @@ impl Shared {
             let _gate = inode.gate.write().await;
             let mut turn = inode.flushing.lock().await;
             // Whatever was in doubt: it is not this server's business any more.
-            *turn = None;
+            self.forget_doubt(&inode, &mut turn);
             if inode.entry.dirty_bytes() > 0 || inode.local.lock().size.is_some() {
                 lost.push(inode.ino);
             }
-            inode.local.lock().in_doubt = false;
             self.unwrite(&inode, 0..u64::MAX);
         }
         self.drained.notify_waiters();
@@ -378,14 +369,7 @@ impl Shared {
         let mut local = inode.local.lock();
         (local.size, local.mtime) = (None, None);
         local.drops_committed = local.drops_wanted;
-        // While it is in doubt whether they are written after all, the background has to find out.
-        if !local.in_doubt {
-            self.settle_aside(inode);
-        }
-        if inode.entry.dirty_bytes() == 0 && !local.in_doubt {
-            local.since = None;
-            self.pending.lock().remove(&inode.ino);
-        }
+        self.is_clean(inode, &mut local);
     }
 }
 

@@ -38,12 +38,14 @@ impl Shared {
         let deadline = Instant::now() + self.settings.holder_patience;
         let (mut data, mut tries) = (data, 0);
         loop {
-            let mode = self.claim(&inode, pages).await?;
+            self.be_current().await?;
             let gate = inode.enter().await;
-            // The file may have changed hands before the gate was entered.
-            if self.write_mode(&inode)? != Some(mode) {
+            // Looked at behind the gate: the file changes hands only before it.
+            let Some(mode) = self.write_mode(&inode)? else {
+                drop(gate);
+                self.claim(&inode, pages).await?;
                 continue;
-            }
+            };
             self.know_the_size(&inode).await?;
             let written = self.write_in_mode(&inode, mode, place, &data, drop_privileges, pages).await;
             match written {
@@ -191,5 +193,20 @@ impl Shared {
             local.since = Some(std::time::Instant::now());
             self.pending.lock().insert(inode.ino, inode.clone());
         }
+    }
+
+    /// Whether nothing is left to be flushed; the background need not look after it then.
+    pub(super) fn is_clean(&self, inode: &Inode, local: &mut Local) -> bool {
+        if local.in_doubt {
+            // The background has to find out.
+            return false;
+        }
+        self.settle_aside(inode);
+        if local.attributes_pending() || inode.entry.dirty_bytes() > 0 {
+            return false;
+        }
+        local.since = None;
+        self.pending.lock().remove(&inode.ino);
+        true
     }
 }

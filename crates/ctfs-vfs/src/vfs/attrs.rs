@@ -30,7 +30,7 @@ impl Vfs {
             return Ok(self.shown(attr));
         }
         let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
-        match attr.usage.held_from(self.me()) {
+        match attr.usage.held_from(self.meta.holder()) {
             None => Ok(self.shown(attr)),
             Some(holder) => self.content.peek(ino, holder).await,
         }

@@ -75,7 +75,7 @@ impl Vfs {
         let mut open = OpenMode::from_flags(flags);
         open.direct = wants_direct(open);
         let mut node = new_node(caller, NewContent::File, mode, umask);
-        node.holder = open.write.then(|| self.me());
+        node.holder = open.write.then(|| self.meta.holder());
         let attr = match self.make_node(parent, name, node).await {
             Err(FsError::Meta(MetaError::Exists { parent, .. })) if flags & libc::O_EXCL == 0 => {
                 return Err(FsError::Stale(parent));

@@ -79,11 +79,6 @@ pub enum Doubt {
     Releasing { request: Arc<dyn Request>, op: Op },
 }
 
-/// Whether a proposal that failed so may have happened, or happen yet.
-pub fn is_doubtful(error: &FsError) -> bool {
-    matches!(error, FsError::NoQuorum { .. } | FsError::Shutdown | FsError::Meta(MetaError::Answered))
-}
-
 /// Settles the doubt, however long it takes, and ends the turn. Ends early when this server does:
 /// its locks end with its life.
 pub fn settle(meta: Arc<dyn Metadata>, ino: Ino, doubt: Doubt, turn: impl Future<Output = Turn> + Send + 'static) {

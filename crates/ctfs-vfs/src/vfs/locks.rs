@@ -17,7 +17,7 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{
     Vfs,
-    lock_doubts::{self, Doubt, is_doubtful, settle},
+    lock_doubts::{self, Doubt, settle},
     unexpected,
 };
 use crate::{
@@ -137,7 +137,7 @@ impl Vfs {
             }
             (Ok(other), _) => Err(unexpected(&other)),
             (Err(error), place) => {
-                if is_doubtful(&error) {
+                if error.is_doubtful() {
                     settle(self.meta.clone(), ino, Doubt::Taking { request, lock, had, place }, ready(turn));
                 }
                 Err(error)
@@ -270,7 +270,7 @@ impl Vfs {
             return Err(FsError::NoQuorum { waited: patience });
         };
         let released = request.propose(op.clone()).await.map(drop);
-        if released.as_ref().is_err_and(is_doubtful) {
+        if released.as_ref().is_err_and(FsError::is_doubtful) {
             settle(self.meta.clone(), ino, Doubt::Releasing { request, op }, ready(turn));
         }
         released

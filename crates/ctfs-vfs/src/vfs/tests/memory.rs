@@ -126,6 +126,7 @@ impl Cluster {
             itself: itself.clone(),
             cluster: self.clone(),
             node: NodeId(node),
+            life: AtomicU64::new(node),
             leased: AtomicBool::new(true),
             cut_off: AtomicBool::new(false),
         });
@@ -158,11 +159,19 @@ pub struct MemoryMeta {
     itself: Weak<MemoryMeta>,
     cluster: Arc<Cluster>,
     node: NodeId,
+    life: AtomicU64,
     leased: AtomicBool,
     cut_off: AtomicBool,
 }
 
 impl MemoryMeta {
+    /// Goes on in another life, after the cluster ended this one.
+    pub async fn begin_life(&self, next: Incarnation) {
+        self.life.store(next.0, Ordering::SeqCst);
+        let op = Op::Incarnate { node: self.node, incarnation: next, addresses: vec![], capacity: 1, version: String::new() };
+        self.propose_op(op).await.unwrap();
+    }
+
     /// From now on nobody answers this server, and its lease is over.
     pub fn cut_off(&self) {
         self.leased.store(false, Ordering::SeqCst);
@@ -200,7 +209,7 @@ impl Metadata for MemoryMeta {
     }
 
     fn incarnation(&self) -> Incarnation {
-        Incarnation(self.node.0)
+        Incarnation(self.life.load(Ordering::SeqCst))
     }
 
     fn leased(&self) -> bool {
@@ -232,7 +241,7 @@ impl MemoryMeta {
             let mut order = self.cluster.order.lock();
             *order += 1;
             let command = Command {
-                request: RequestId { client: self.node.0, seq },
+                request: RequestId { client: self.incarnation().0, seq },
                 answered: 0,
                 at: std::time::SystemTime::now().into(),
                 op,

@@ -168,6 +168,35 @@ async fn a_server_whose_life_was_ended_loses_what_it_had_not_flushed_and_says_so
     assert_eq!(error, FsError::LostLocks(attr.ino), "who believed to hold the lock does not go on");
 }
 
+/// The mark of a truncate in doubt outlived its life, and hid what the next one wrote past the size.
+#[tokio::test]
+async fn a_new_life_knows_nothing_of_what_was_in_doubt_in_the_old_one() {
+    for seed in 0..8 {
+        let world = World::new(2);
+        world.found().await;
+        let ino = file(world.vfs(0), ROOT, "f", &[b'x'; 20_000]).await.ino;
+        let before = open(world.vfs(0), ino, libc::O_RDWR).await;
+        write(world.vfs(0), ino, before, 15_000, &[b'y'; 1000]).await;
+        world.cluster.seed(seed);
+        world.cluster.set_weather(memory::Weather { lost: 256, ..Default::default() });
+        let set = crate::SetAttrRequest { size: Some(100), ..Default::default() };
+        assert_eq!(world.vfs(0).setattr(Caller::ROOT, ino, set).await.unwrap_err().errno(), libc::EIO);
+        world.cluster.set_weather(memory::Weather::default());
+
+        let fence = ctfs_meta::Op::Fence { node: ctfs_types::NodeId(1), incarnation: ctfs_types::Incarnation(1) };
+        world.servers[1].meta.propose(fence).await.unwrap();
+        world.vfs(0).life_ended().await;
+        world.servers[0].meta.begin_life(ctfs_types::Incarnation(101)).await;
+
+        let size = world.vfs(0).getattr(ino).await.unwrap().size;
+        assert!(size == 100 || size == 20_000, "{size}");
+        let handle = open(world.vfs(0), ino, libc::O_RDWR).await;
+        write(world.vfs(0), ino, handle, 30_000, b"the new life's").await;
+        assert_eq!(world.vfs(0).getattr(ino).await.unwrap().size, 30_014);
+        assert_eq!(world.vfs(0).read_file(ino, handle, 30_000, 100).await.unwrap(), &b"the new life's"[..]);
+    }
+}
+
 /// Where the end is was asked of the metadata by what is written through, and of the buffered bytes
 /// by what is buffered; both at once on one server placed records over each other.
 #[tokio::test]
