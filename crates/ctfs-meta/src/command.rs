@@ -112,6 +112,9 @@ pub enum Op {
     /// Limits what may be below a directory, also to less than there is; without limits the quota
     /// ends.
     SetQuota { ino: Ino, quota: Quota },
+    /// Lets a shared lock that waits in past exclusive ones that wait, unless something held excludes
+    /// it; then it goes on waiting. [`crate::MetaError::NotWaiting`]: it was granted before.
+    Overtake { ino: Ino, owner: LockOwner, ticket: u64 },
 }
 
 /// Who the cluster is, replicated so that every server can sign joiners.

@@ -60,6 +60,8 @@ pub struct VfsSettings {
     pub lock_waiters_max: usize,
     /// How long a command about locks waits for an earlier one of its owner that is in doubt.
     pub lock_patience: Duration,
+    /// How long a reader waits for a lock behind writers that wait, before it asks to be let past.
+    pub reader_patience: Duration,
     /// How often a thread waiting for a lock is looked at for signals.
     pub interrupt_check: Duration,
     /// Whether a thread shall stop waiting; tests put their own here.
@@ -74,6 +76,7 @@ impl Default for VfsSettings {
             lock_waiters_max: 4096,
             // A command is given up after 8 s.
             lock_patience: Duration::from_secs(10),
+            reader_patience: Duration::from_secs(2),
             interrupt_check: Duration::from_millis(50),
             interrupted: caller::interrupted,
         }

@@ -2,9 +2,13 @@
 //!
 //! Whoever shall wait is part of the state, too: a queue per inode, in the order in which they
 //! came, whatever their server. A command that frees something grants in the same step what can be
-//! granted then, and only those who got something are told. Nobody overtakes: a request that an
-//! earlier waiter excludes waits behind it, so a stream of short locks starves nobody. Only bytes
-//! that an owner already holds are an exception, because whoever waits for them waits for it.
+//! granted then, and only those who got something are told.
+//!
+//! Of those who wait nobody overtakes: a request that an earlier waiter excludes waits behind it, so
+//! a stream of short locks starves nobody. Bytes that an owner already holds are an exception, because
+//! whoever waits for them waits for it. Another is a reader that asks to be let past the writers
+//! ([`Op::Overtake`](crate::Op::Overtake)): who holds the lock may wait for it in a way that no owner
+//! shows. Whoever does not wait at all is refused for what is held alone, as on a local disk.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -169,7 +173,8 @@ impl Apply<'_, '_> {
         self.is_alive(lock.owner.node, lock.owner.incarnation)?;
         let table = self.table(ino)?;
         let mut after = table.clone();
-        let mut in_the_way = blockers(&table.held, &table.waiting, lock);
+        let ahead = if ticket.is_some() { &table.waiting[..] } else { &[] };
+        let mut in_the_way = blockers(&table.held, ahead, lock);
         let Some(first) = in_the_way.next() else {
             after.held = granted(&table.held, lock);
             self.put_table(ino, &table, after)?;
@@ -243,6 +248,22 @@ impl Apply<'_, '_> {
         }
         self.unlist(ino, owner, ticket)?;
         self.put_table(ino, &table, after)?;
+        Ok(Reply::Done)
+    }
+
+    /// Lets a reader that waits in past the writers that wait, unless something held excludes it.
+    pub(super) fn overtake(&mut self, ino: Ino, owner: LockOwner, ticket: u64) -> Outcome<Reply> {
+        self.inode(ino)?;
+        self.is_alive(owner.node, owner.incarnation)?;
+        let table = self.table(ino)?;
+        let place = table.waiting.iter().position(|wish| (wish.lock.owner, wish.ticket) == (owner, ticket));
+        let place = place.ok_or(MetaError::NotWaiting)?;
+        let lock = &table.waiting[place].lock;
+        if !lock.exclusive && blockers(&table.held, &[], lock).next().is_none() {
+            let mut after = table.clone();
+            after.waiting[..=place].rotate_right(1);
+            self.put_table(ino, &table, after)?;
+        }
         Ok(Reply::Done)
     }
 

@@ -333,6 +333,7 @@ impl Apply<'_, '_> {
             Op::Lock { ino, lock } => self.lock(*ino, lock, None),
             Op::AwaitLock { ino, lock, ticket } => self.lock(*ino, lock, Some(*ticket)),
             Op::WithdrawLock { ino, owner, ticket } => self.withdraw_lock(*ino, *owner, *ticket),
+            Op::Overtake { ino, owner, ticket } => self.overtake(*ino, *owner, *ticket),
             Op::Unlock { ino, owner, kind, start, end } => self.unlock(*ino, *owner, *kind, *start, *end),
             Op::UnlockAll { ino, owner } => self.unlock_all(*ino, *owner),
             Op::Found { cluster, member } => self.found(cluster, member),

@@ -140,7 +140,7 @@ impl Namespace {
     /// for earlier.
     pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
         let held: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
-        Ok(locks::blockers(&held, &self.lock_waiters(ino)?, lock).next().cloned())
+        Ok(locks::blockers(&held, &[], lock).next().cloned())
     }
 
     /// Who waits for locks of `ino`, oldest first.

@@ -112,6 +112,7 @@ fn ops() -> Vec<Op> {
         Op::AwaitLock { ino: file, lock: record_lock(owner(2, 1, 97), true, 10, 19), ticket: 300 },
         Op::AwaitLock { ino: file, lock: record_lock(owner(2, 1, 96), false, 10, 19), ticket: 301 },
         Op::WithdrawLock { ino: file, owner: owner(2, 1, 96), ticket: 301 },
+        Op::Overtake { ino: file, owner: owner(2, 1, 97), ticket: 300 },
         // Refused, and so remembered.
         Op::Unlink { parent: ROOT, name: name("nothing") },
     ]

@@ -118,6 +118,8 @@ enum Step {
     Lock { file: u8, owner: (u64, u64), kind: LockKind, exclusive: bool, start: u64, len: u64, wait: bool },
     /// One of those who wait gives up.
     Withdraw { which: u8 },
+    /// One of those who wait asks to be let past the others.
+    Overtake { which: u8 },
     Unlock { file: u8, owner: (u64, u64), kind: LockKind, start: u64, len: u64 },
     UnlockAll { file: u8, owner: (u64, u64) },
     NewLife { server: u64 },
@@ -144,6 +146,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         12 => unlock,
         4 => unlock_all,
         3 => any::<u8>().prop_map(|which| Step::Withdraw { which }),
+        3 => any::<u8>().prop_map(|which| Step::Overtake { which }),
         1 => (1..=SERVERS).prop_map(|server| Step::NewLife { server }),
         1 => (file, 1..=SERVERS).prop_map(|(file, server)| Step::Ghost { file, server }),
         // Server 1 founded the volume and stays.
@@ -191,6 +194,7 @@ impl Pair {
                 self.lock(self.files[usize::from(file)], lock, wait)?;
             }
             Step::Withdraw { which } => self.withdraw(which)?,
+            Step::Overtake { which } => self.overtake(which)?,
             Step::Unlock { file, owner, kind, start, len } => {
                 let (start, end) = whole(kind, start, len);
                 let (ino, owner) = (self.files[usize::from(file)], self.owner(owner));
@@ -239,8 +243,9 @@ impl Pair {
             prop_assert!(refused, "a removed server locked: {verdict:?}");
             return Ok(());
         }
-        let in_the_way = self.model.in_the_way(ino, &lock, &self.model.line);
-        prop_assert_eq!(waits_for.is_none(), in_the_way.is_empty(), "GETLK says what SETLK would");
+        let held = self.model.in_the_way(ino, &lock, &[]);
+        prop_assert_eq!(waits_for.is_none(), held.is_empty(), "GETLK says what SETLK would");
+        let in_the_way = if wait { self.model.in_the_way(ino, &lock, &self.model.line) } else { held };
         if in_the_way.is_empty() {
             prop_assert_eq!(&verdict, &Ok(Reply::Locked), "{:?}", lock);
             self.model.lock(ino, &lock);
@@ -260,8 +265,7 @@ impl Pair {
             return Err(TestCaseError::fail(format!("{lock:?}: {verdict:?}")));
         };
         prop_assert_eq!(waits_for.as_ref(), Some(&*holder), "GETLK and SETLK name the same holder");
-        let waited_for = self.model.line.iter().any(|(other, wish)| (*other, &wish.lock) == (ino, &*holder));
-        prop_assert!(self.model.holds(ino, &holder) || waited_for, "{holder:?} is held or waited for");
+        prop_assert!(self.model.holds(ino, &holder), "{holder:?} is held");
         prop_assert!(holder.owner != lock.owner && (holder.exclusive || lock.exclusive), "{holder:?} is in the way");
         prop_assert!(holder.start <= lock.end && lock.start <= holder.end, "{holder:?} overlaps");
         Ok(())
@@ -275,6 +279,24 @@ impl Pair {
         let (ino, wish) = self.model.line.remove(at);
         let op = Op::WithdrawLock { ino, owner: wish.lock.owner, ticket: wish.ticket };
         prop_assert_eq!(self.real.run(op.clone()), Ok(Reply::Done));
+        self.served()?;
+        prop_assert_eq!(self.real.run(op), Err(MetaError::NotWaiting));
+        Ok(())
+    }
+
+    fn overtake(&mut self, which: u8) -> Result<(), TestCaseError> {
+        if self.model.line.is_empty() {
+            return Ok(());
+        }
+        let at = usize::from(which) % self.model.line.len();
+        let (ino, Wish { lock, ticket }) = self.model.line[at].clone();
+        let op = Op::Overtake { ino, owner: lock.owner, ticket };
+        prop_assert_eq!(self.real.run(op.clone()), Ok(Reply::Done));
+        if lock.exclusive || !self.model.in_the_way(ino, &lock, &[]).is_empty() {
+            return Ok(());
+        }
+        let wish = self.model.line.remove(at);
+        self.model.line.insert(0, wish);
         self.served()?;
         prop_assert_eq!(self.real.run(op), Err(MetaError::NotWaiting));
         Ok(())

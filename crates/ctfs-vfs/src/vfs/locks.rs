@@ -9,7 +9,7 @@
 //! interface in use drops the bit that tells them apart. So flock and fcntl locks of one file
 //! exclude each other, also within one program, as they do over NFS.
 
-use std::{collections::BTreeSet, future::ready};
+use std::{collections::BTreeSet, future::ready, time::Instant};
 
 use ctfs_meta::{Lock, LockKind, LockOwner, MetaError, Namespace, Op, Reply};
 use ctfs_types::Ino;
@@ -63,9 +63,8 @@ impl Vfs {
         })
     }
 
-    /// The first lock that `request` would have to wait for: one that is held, else one that was
-    /// waited for earlier. Its process is 0 when it runs on another server, where its number would
-    /// mean somebody else.
+    /// The first lock held that excludes `request`. Its process is 0 when it runs on another server,
+    /// where its number would mean somebody else.
     pub async fn getlk(&self, ino: Ino, request: LockRequest) -> Result<Option<Lock>, FsError> {
         let lock = self.lock(request)?;
         let holder = self.read(|ns| Ok(ns.conflicting_lock(ino, &lock)?)).await?;
@@ -155,6 +154,7 @@ impl Vfs {
         thread: u32,
         mut connection: watch::Receiver<u64>,
     ) -> Result<(), FsError> {
+        let mut overtakes_at = Instant::now() + self.settings.reader_patience;
         let why = loop {
             match place.fate() {
                 Fate::Granted => return self.see_grant(ino, lock, had).await,
@@ -173,6 +173,10 @@ impl Vfs {
             if (self.settings.interrupted)(thread) {
                 break FsError::Interrupted;
             }
+            if !lock.exclusive && Instant::now() >= overtakes_at {
+                self.overtake(ino, &lock, &place);
+                overtakes_at = Instant::now() + self.settings.reader_patience;
+            }
             tokio::select! {
                 () = place.news() => {}
                 _ = connection.changed() => break FsError::Shutdown,
@@ -180,6 +184,20 @@ impl Vfs {
             }
         };
         self.leave_queue(ino, lock, had, place, why).await
+    }
+
+    /// Has a reader let past waiting writers, if they alone keep it out: the program that holds the
+    /// lock may wait for this one. What comes of it the place hears.
+    fn overtake(&self, ino: Ino, lock: &Lock, place: &Place) {
+        if !matches!(self.meta.replica().read().conflicting_lock(ino, lock), Ok(None)) {
+            return;
+        }
+        let (meta, op) = (self.meta.clone(), Op::Overtake { ino, owner: lock.owner, ticket: place.ticket });
+        tokio::spawn(async move {
+            if let Err(error) = meta.propose(op).await {
+                tracing::debug!(%ino, %error, "a reader was not let past");
+            }
+        });
     }
 
     /// The entry that granted the lock is applied here. What came before it may still be on its way

@@ -135,14 +135,44 @@ fn readers_do_not_overtake_a_writer_that_waits() {
     let (reader, writer, late) = (owner(1, 1, 1), owner(2, 1, 1), owner(3, 1, 1));
     locks.gets(shared(reader));
     let ticket = locks.waits(record_lock(writer, true, 10, 19));
-    let ino = locks.ino;
     let wish = record_lock(late, false, 15, 30);
-    let in_the_way = Box::new(record_lock(writer, true, 10, 19));
-    assert_eq!(locks.volume.ns.conflicting_lock(ino, &wish).unwrap().as_ref(), Some(&*in_the_way));
-    assert_eq!(locks.volume.run(Op::Lock { ino, lock: wish.clone() }), Err(MetaError::Locked { holder: in_the_way }));
     locks.waits(wish);
     locks.gets(record_lock(late, false, 20, 40));
     assert_eq!(locks.granted_by(locks.withdraw(writer, ticket)), [late], "nothing but the writer kept it out");
+}
+
+/// On a local disk a waiting writer is nobody's reason for EAGAIN.
+#[test]
+fn who_does_not_wait_is_refused_for_what_is_held_alone() {
+    let mut locks = locks();
+    let (reader, writer, late) = (owner(1, 1, 1), owner(2, 1, 1), owner(3, 1, 1));
+    locks.gets(shared(reader));
+    locks.waits(exclusive(writer));
+    let ino = locks.ino;
+    assert_eq!(locks.volume.ns.conflicting_lock(ino, &shared(late)).unwrap(), None);
+    assert_eq!(locks.volume.run(Op::Lock { ino, lock: shared(late) }), Ok(Reply::Locked));
+    let held = Box::new(shared(reader));
+    assert_eq!(locks.volume.run(Op::Lock { ino, lock: exclusive(late) }), Err(MetaError::Locked { holder: held }));
+}
+
+/// Whoever holds the lock may wait for the reader in a way that no owner shows: its child, say.
+#[test]
+fn a_reader_that_asks_gets_past_writers_that_wait_and_past_nothing_held() {
+    let mut locks = locks();
+    let [first, writer, reader, other] = [owner(1, 1, 1), owner(2, 1, 1), owner(1, 1, 2), owner(3, 1, 1)];
+    locks.gets(shared(first));
+    let waits = locks.waits(exclusive(writer));
+    let ticket = locks.waits(shared(reader));
+    let late = locks.waits(shared(other));
+    let overtake = |ino, owner, ticket| Op::Overtake { ino, owner, ticket };
+    let ino = locks.ino;
+    assert_eq!(locks.granted_by(overtake(ino, writer, waits)), [], "a writer never");
+    assert_eq!(locks.granted_by(overtake(ino, reader, ticket)), [reader]);
+    assert_eq!(locks.volume.run(overtake(ino, reader, ticket)), Err(MetaError::NotWaiting));
+    assert_eq!(locks.granted_by(locks.unlock(first)), []);
+    assert_eq!(locks.granted_by(locks.unlock(reader)), [writer]);
+    assert_eq!(locks.granted_by(overtake(ino, other, late)), [], "what is held excludes it");
+    assert_eq!(locks.granted_by(locks.unlock(writer)), [other]);
 }
 
 /// Whoever waits for it waits for its owner: standing behind them would be a deadlock.

@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use ctfs_meta::{ClusterIdentity, Member, MemberState, Op, TokenRecord};
-use ctfs_types::{Incarnation, NodeId, Timestamp};
+use ctfs_meta::Op;
+use ctfs_types::{Incarnation, NodeId};
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
@@ -150,6 +150,23 @@ async fn three_servers_that_contend_get_turns_within_one_of_each_other() {
     }
 }
 
+/// On a local disk both are granted: `flock -s` that runs `flock -s`, and a writer came in between.
+#[tokio::test]
+async fn a_reader_whom_only_waiting_writers_keep_out_gets_in_after_a_while() {
+    let reader_patience = Duration::from_millis(20);
+    let world = World::with(2, VfsSettings { reader_patience, interrupt_check: reader_patience, ..VfsSettings::default() });
+    let (ino, handles) = opened_everywhere(&world).await;
+    world.vfs(0).setlk(ino, handles[0], shared(1), false, 0).await.unwrap();
+    let writer = wait_for(&world, 1, ino, handles[1], whole(2));
+    queue_is(&world, ino, 1).await;
+    let other = open(world.vfs(0), ino, libc::O_RDWR).await;
+    ends(world.vfs(0).setlk(ino, other, shared(3), true, 0)).await.unwrap();
+    assert!(!writer.is_finished());
+    world.vfs(0).unlock(ino, shared(3)).await.unwrap();
+    world.vfs(0).unlock(ino, shared(1)).await.unwrap();
+    ends(writer).await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn a_cycle_over_two_files_and_two_servers_is_told_as_a_deadlock() {
     let world = World::new(2);
@@ -183,32 +200,10 @@ async fn of_two_readers_that_both_upgrade_the_second_gets_edeadlk_and_keeps_what
 }
 
 /// Makes servers 1 and 2 members in the lives they are in.
-async fn make_members(world: &World) {
-    let member = |node: u64| Member {
-        node: NodeId(node),
-        name: format!("server-{node}"),
-        zone: "here".into(),
-        key: [node as u8; 32],
-        addresses: vec![],
-        capacity: 1,
-        state: MemberState::Active,
-        incarnation: Incarnation(node),
-        fenced: false,
-        version: "1".into(),
-        joined: Timestamp::EPOCH,
-    };
-    let cluster = ClusterIdentity { id: [1; 16], name: "c".into(), ca_certificate: vec![] };
-    let token = TokenRecord { hash: [7; 32], expires: Timestamp::new(i64::MAX / 2, 0), uses_left: 1 };
-    let meta = &*world.servers[0].meta;
-    Metadata::propose(meta, Op::Found { cluster, member: member(1) }).await.unwrap();
-    Metadata::propose(meta, Op::CreateToken { token }).await.unwrap();
-    Metadata::propose(meta, Op::Join { token: [7; 32], member: member(2) }).await.unwrap();
-}
-
 #[tokio::test]
 async fn the_locks_of_an_ended_life_pass_to_the_next_waiter_and_its_own_waits_end() {
     let world = World::new(2);
-    make_members(&world).await;
+    world.found().await;
     let (ino, handles) = opened_everywhere(&world).await;
     world.vfs(1).setlk(ino, handles[1], whole(1), false, 0).await.unwrap();
     let of_ended = wait_for(&world, 1, ino, handles[1], whole(2));
