@@ -21,7 +21,9 @@ pub struct OpenMode {
     pub write: bool,
     /// `O_APPEND`: the metadata place each write at the end.
     pub append: bool,
-    /// The kernel bypasses its page cache.
+    /// The kernel is told to bypass its page cache. With `O_DIRECT` it does by itself, but then cuts
+    /// the file off at what it takes for the end after a write that failed beyond it
+    /// (`fuse_do_truncate`), and makes EIO of one that ended early.
     pub direct: bool,
 }
 
@@ -34,7 +36,7 @@ impl OpenMode {
             read: access != libc::O_WRONLY,
             write: access == libc::O_WRONLY || access == libc::O_RDWR,
             append: flags & libc::O_APPEND != 0,
-            direct: false,
+            direct: flags & libc::O_DIRECT != 0,
         }
     }
 }

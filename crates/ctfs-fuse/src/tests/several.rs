@@ -3,9 +3,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Read, Write},
-    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     time::Instant,
 };
+
+use ctfs_meta::{Op, Quota};
+use ctfs_types::Ino;
+use ctfs_vfs::Metadata;
 
 use super::*;
 
@@ -157,5 +161,42 @@ fn a_cut_off_server_gives_errors_and_does_not_hang() {
         assert_eq!(fs::metadata(paths[1].join("f")).unwrap_err().raw_os_error(), Some(libc::EIO));
         assert_eq!(fs::write(paths[1].join("g"), b"").unwrap_err().raw_os_error(), Some(libc::EIO));
         assert!(fs::metadata(&paths[1]).is_ok(), "stat of the mountpoint still answers");
+    });
+}
+
+/// A kernel cuts a file off at what it takes for its end when a direct write beyond fails, and what
+/// it takes for the end may be older than what others appended and synced.
+#[test]
+fn a_direct_write_that_fails_takes_nothing_of_what_others_appended() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    let dir = mounts.path(0).join("d");
+    fs::create_dir(&dir).unwrap();
+    let quota = Op::SetQuota { ino: Ino(fs::metadata(&dir).unwrap().ino()), quota: Quota { bytes: Some(16 << 10), files: None } };
+    mounts.runtime.block_on(mounts.servers[0].meta.propose(quota)).unwrap();
+    mounts.run(|paths| {
+        let (here, there) = (paths[0].join("d/f"), paths[1].join("d/f"));
+        let mut memory = vec![1; 64 << 10];
+        let aligned = memory.as_ptr().align_offset(4096);
+        let block = &mut memory[aligned..aligned + (32 << 10)];
+        let direct = OpenOptions::new().write(true).create_new(true).custom_flags(libc::O_DIRECT).open(&here).unwrap();
+        direct.write_all_at(&block[..4096], 0).unwrap();
+        direct.sync_all().unwrap();
+        let mut appender = OpenOptions::new().append(true).open(&there).unwrap();
+        appender.write_all(&[2; 12 << 10]).unwrap();
+        appender.sync_all().unwrap();
+
+        // Past what the kernel here knows, also within what there is.
+        for at in [8 << 10, 16 << 10] {
+            let written = direct.write_at(block, at);
+            if at < 16 << 10 {
+                assert_eq!(written.unwrap(), 8 << 10, "what fits");
+            } else {
+                assert_eq!(written.unwrap_err().raw_os_error(), Some(libc::EDQUOT));
+            }
+            direct.sync_all().unwrap();
+            let wanted = [vec![1; 4096], vec![2; 4096], vec![1; 8192]].concat();
+            assert!(fs::read(&there).unwrap() == wanted, "after a write at {at}");
+            assert!(fs::read(&here).unwrap() == wanted, "after a write at {at}");
+        }
     });
 }

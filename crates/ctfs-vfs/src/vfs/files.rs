@@ -42,7 +42,7 @@ impl Vfs {
             self.content.settle(ino).await?;
         }
         let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
-        mode.direct = wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
+        mode.direct |= wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
         let handle = self.open_handle(ino, mode)?;
         if flags & libc::O_TRUNC != 0 {
             let set = SetAttr { size: Some(0), drop_privileges: caller.uid != 0, ..SetAttr::default() };
@@ -73,7 +73,7 @@ impl Vfs {
         flags: i32,
     ) -> Result<(Attr, Opened), FsError> {
         let mut open = OpenMode::from_flags(flags);
-        open.direct = wants_direct(open);
+        open.direct |= wants_direct(open);
         let mut node = new_node(caller, NewContent::File, mode, umask);
         node.holder = open.write.then(|| self.meta.holder());
         let attr = match self.make_node(parent, name, node).await {
@@ -124,11 +124,14 @@ impl Vfs {
             return Err(FsError::WrongMode);
         }
         let drop_privileges = drop_privileges || caller.uid != 0;
-        let pages = if from_cache { Pages::Locked } else { pages(mode) };
-        if !from_cache && (mode.append || mode.direct) {
+        if from_cache {
+            return self.write_pages(ino, offset, data, drop_privileges).await;
+        }
+        let pages = pages(mode);
+        if mode.append || mode.direct {
             self.drop_capability(ino).await?;
         }
-        if from_cache || !mode.append {
+        if !mode.append {
             return self.content.write(ino, offset, data, drop_privileges, pages).await;
         }
         let (written_at, len) = self.content.append(ino, data, drop_privileges, pages).await?;
@@ -138,6 +141,21 @@ impl Vfs {
             self.invalidate(vec![Change::Data { ino, offset: offset.min(written_at), len: u64::MAX }]);
         }
         Ok(len)
+    }
+
+    /// Writes pages of a mapping. The kernel does not look at how much of them was written, so what
+    /// has no room is an error, which msync(2) and fsync(2) tell; what fits is kept.
+    async fn write_pages(&self, ino: Ino, offset: u64, data: Bytes, drop_privileges: bool) -> Result<u32, FsError> {
+        let mut done = 0;
+        while done < data.len() {
+            let rest = data.slice(done..);
+            let written = self.content.write(ino, offset + done as u64, rest, drop_privileges, Pages::Locked).await?;
+            if written == 0 {
+                return Err(FsError::CacheFull);
+            }
+            done += written as usize;
+        }
+        Ok(done as u32)
     }
 
     /// One descriptor of the handle was closed: everything written is durable when this answers, so

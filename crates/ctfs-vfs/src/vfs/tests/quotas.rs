@@ -73,6 +73,23 @@ async fn write_and_names_over_a_quota_get_edquot_and_across_one_exdev() {
 }
 
 #[tokio::test]
+async fn pages_of_a_mapping_that_do_not_all_fit_are_an_error_and_what_fits_is_kept() {
+    // The kernel takes a short answer to pages that it writes back for all of them: msync and fsync
+    // said 0, and the rest was gone.
+    let world = World::new(1);
+    let vfs = world.vfs(0);
+    let top = dir(vfs, ROOT, "top").await;
+    limit(&world, top, Some(8192), None).await;
+    let attr = file(vfs, top, "f", b"").await;
+    let handle = open(vfs, attr.ino, libc::O_RDWR).await;
+    let pages = vfs.write(Caller::ROOT, attr.ino, handle, 0, vec![2; 16_384].into(), false, true).await;
+    assert_eq!(errno(pages), libc::EDQUOT);
+    vfs.flush(attr.ino, handle, 1).await.unwrap();
+    assert_eq!(content(vfs, attr.ino).await, vec![2; 8192]);
+    vfs.release(handle).await;
+}
+
+#[tokio::test]
 async fn a_file_that_is_taken_over_by_another_server_drops_what_is_over_the_quota() {
     let world = World::new(2);
     let (here, there) = (world.vfs(0), world.vfs(1));
