@@ -42,7 +42,7 @@ fn help_lists_every_verb_and_exits_0() {
     let dir = tempfile::tempdir().unwrap();
     let output = ctfs(dir.path(), &["--help"]);
     assert_eq!(output.status.code(), Some(0));
-    for verb in ["up", "down", "mount", "umount", "token", "status", "nodes", "node", "df", "info", "diff", "policy", "cache", "config", "version"] {
+    for verb in ["up", "down", "mount", "umount", "token", "status", "nodes", "node", "df", "info", "diff", "policy", "quota", "cache", "config", "version"] {
         assert!(stdout(&output).contains(&format!("\n  {verb} ")), "{verb}");
         assert_eq!(ctfs(dir.path(), &[verb, "--help"]).status.code(), Some(0), "{verb}");
     }
@@ -195,6 +195,27 @@ fn diff_tells_each_difference_on_a_line_and_by_its_exit_status() {
     assert_eq!(limited.status.code(), Some(6));
     assert!(stdout(&limited).starts_with(lines.split_inclusive('\n').next().unwrap()), "{}", stdout(&limited));
     assert!(stdout(&limited).ends_with("; 1 difference not shown\n") && stdout(&limited).lines().count() == 2, "{}", stdout(&limited));
+}
+
+#[test]
+fn an_answer_that_cannot_be_written_is_no_success() {
+    // `ctfs diff a b > report` on a full disk said that they are the same, and wrote nothing.
+    let dir = tempfile::tempdir().unwrap();
+    let same = dir.path().to_str().unwrap();
+    for args in [&["version"][..], &["version", "--json"], &["diff", same, same], &["diff", "--json", same, same]] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_ctfs")).args(args).stdout(full).output().unwrap();
+        assert_fails(&output, 1, "E0115");
+    }
+}
+
+#[test]
+fn an_address_of_another_machine_is_told_from_one_that_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    // From the block for documentation, RFC 5737.
+    let output = ctfs(dir.path(), &["up", "--no-mount", "--foreground", "--listen", "192.0.2.1:7420"]);
+    assert_fails(&output, 1, "E0104");
+    assert!(stderr(&output).contains("no such address") && !stderr(&output).contains("ss -ulpn"), "{}", stderr(&output));
 }
 
 #[test]

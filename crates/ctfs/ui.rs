@@ -1,6 +1,6 @@
 //! What goes to the terminal: colours, columns, numbers as people read them, JSON.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 
 use ctfs_node::problem::{Problem, exit};
 use ctfs_types::ByteSize;
@@ -44,10 +44,15 @@ impl Ui {
     /// Writes data to stdout.
     pub fn print(self, text: &str) {
         let mut out = std::io::stdout().lock();
+        let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) else { return };
         // `ctfs status | head -1` closes the pipe early; that is no error of anybody.
-        if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
+        if error.kind() == io::ErrorKind::BrokenPipe {
             std::process::exit(exit::OK.into());
         }
+        // A script that goes on would take half a line for the answer.
+        let problem = Problem::io("write to stdout", &error);
+        self.talk(&format!("{}: {}\n  why   {error}\n", self.red(&format!("error[{}]", problem.code)), problem.what));
+        std::process::exit(problem.exit.into());
     }
 
     /// Writes talk to stderr.
@@ -109,7 +114,8 @@ pub fn filled(used: Option<ByteSize>, limit: Option<ByteSize>) -> String {
 
 /// Whole percent, rounded down; 0 of 0 is 0.
 pub fn percent(part: u64, whole: u64) -> u64 {
-    (u128::from(part) * 100).checked_div(u128::from(whole)).unwrap_or(0) as u64
+    let of_nothing = if part == 0 { 0 } else { 100 };
+    (u128::from(part) * 100).checked_div(u128::from(whole)).unwrap_or(of_nothing) as u64
 }
 
 #[cfg(test)]

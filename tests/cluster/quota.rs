@@ -37,6 +37,20 @@ fn a_quota_set_on_one_server_holds_to_the_block_on_every_server() {
         assert_eq!((list["quotas"][0]["bytes_used"].as_u64(), list["quotas"][0]["files_used"].as_u64()), (Some(LIMIT), Some(2)), "{list}");
     }
 
+    let df = cluster.json(1, &["df", one.join("alice/dd").to_str().unwrap()]);
+    assert_eq!((df["files"].as_u64(), df["bytes"].as_u64()), (Some(1), Some(LIMIT)), "a file counts itself: {df}");
+
+    // Stores through a mapping: what fits stays, and msync tells of the rest.
+    fs::remove_file(one.join("alice/dd")).unwrap();
+    let mapped = "import mmap, os, sys\n\
+        fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)\n\
+        os.ftruncate(fd, 6 << 20)\n\
+        with mmap.mmap(fd, 6 << 20) as memory:\n\
+        \x20   memory[:] = os.urandom(6 << 20)\n\
+        \x20   try: memory.flush()\n\
+        \x20   except OSError as error: print(error.strerror)\n";
+    assert_eq!(cluster.sh(2, &format!("python3 -c '{mapped}' $MNT/home/alice/dd")).trim(), "Disk quota exceeded");
+
     // cp gets nothing in, and room is there again once something is gone.
     let cp = "cp $MNT/outside $MNT/home/alice/cp 2>&1 || true";
     assert!(cluster.sh(2, cp).contains("Disk quota exceeded"));

@@ -287,14 +287,18 @@ impl Node {
     }
 
     fn df(&self, path: Option<WirePath>) -> Result<DfReport, Problem> {
-        let ino = match &path {
-            Some(path) => self.resolve(path.as_path())?.0,
-            None => Ino::ROOT,
-        };
+        let found = path.as_ref().map(|path| self.resolve(path.as_path())).transpose()?;
+        let ino = found.as_ref().map_or(Ino::ROOT, |(ino, _)| *ino);
         let replica = self.consensus.replica();
         let (totals, policy) = {
             let namespace = replica.read();
-            (namespace.totals(ino).map_err(store)?.unwrap_or_default(), namespace.effective_policy(ino).map_err(store)?)
+            (namespace.totals(ino).map_err(store)?, namespace.effective_policy(ino).map_err(store)?)
+        };
+        // Only a directory has sums; anything else counts itself.
+        let (files, bytes) = match (totals, &found) {
+            (Some(totals), _) => (totals.files, totals.bytes),
+            (None, Some((_, attr))) => (1, attr.size),
+            (None, None) => (0, 0),
         };
         let quotas = self.quotas_over(ino)?;
         let mut space = self.figures.space();
@@ -308,8 +312,8 @@ impl Node {
         let active = servers.iter().filter(|s| s.state != ServerState::Away).count();
         Ok(DfReport {
             path,
-            files: totals.files,
-            bytes: ByteSize(totals.bytes),
+            files,
+            bytes: ByteSize(bytes),
             available: ByteSize(space.available),
             total: ByteSize(space.total),
             copies: Placement::copies_for(policy.copies, active) as u8,

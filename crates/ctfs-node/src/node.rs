@@ -1,6 +1,7 @@
 //! One server, from its state directory to its mount and back.
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
     path::Path,
@@ -96,6 +97,7 @@ fn same_disk(a: &Path, b: &Path) -> bool {
 fn port_is_free(listen: SocketAddr) -> Result<(), Problem> {
     match std::net::UdpSocket::bind(listen) {
         Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Err(Problem::address_not_here(listen, &error.to_string())),
         Err(error) => Err(Problem::port_in_use(listen, &error.to_string())),
     }
 }

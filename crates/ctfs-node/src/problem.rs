@@ -161,6 +161,13 @@ impl Problem {
             .try_next("choose another with --listen ADDR:PORT")
     }
 
+    pub fn address_not_here(address: std::net::SocketAddr, why: &str) -> Self {
+        Self::new(Code::PortInUse, format!("cannot listen on UDP {address}: this machine has no such address"))
+            .why(why)
+            .try_next("ip -brief address    shows those it has")
+            .try_next(format!("choose another with --listen ADDR:PORT, or all of them: --listen 0.0.0.0:{}", address.port()))
+    }
+
     pub fn state_locked(state: &Path) -> Self {
         Self::new(Code::StateLocked, format!("state directory {} is in use by a running daemon", state.display()))
             .try_next(format!("ctfs --state {} status", state.display()))
@@ -204,7 +211,7 @@ impl Problem {
 
     pub fn token_mistyped(why: &str) -> Self {
         Self::new(Code::TokenMistyped, "this is not a join token")
-            .why(why)
+            .why(why.trim_start_matches("this is not a join token: "))
             .try_next("copy the whole line that `ctfs token` prints; a token begins with ctfs1-")
     }
 

@@ -71,7 +71,10 @@ impl Diff {
         let progress = compare(&self.source, &self.target, &settings, &mut |event| report.hear(event))
             .map_err(|Error::Open { path, error }| Problem::io(&format!("open {}", path.display()), &error))?;
         report.end(progress);
-        Ok(report.tally.status())
+        match report.failed {
+            Some(error) => Err(Problem::io("write to stdout", &error)),
+            None => Ok(report.tally.status()),
+        }
     }
 }
 
@@ -141,8 +144,10 @@ struct Report<W: Write> {
     tally: Tally,
     errors: Vec<Trouble>,
     mounts: Vec<String>,
-    /// Whoever read stdout has gone.
+    /// Whoever read stdout has gone, or nothing can be written to it.
     closed: bool,
+    /// Why nothing can be written to stdout while somebody wants it.
+    failed: Option<io::Error>,
 }
 
 impl<W: Write> Report<W> {
@@ -156,6 +161,7 @@ impl<W: Write> Report<W> {
             errors: Vec::new(),
             mounts: Vec::new(),
             closed: false,
+            failed: None,
         }
     }
 
@@ -166,7 +172,7 @@ impl<W: Write> Report<W> {
             Event::Found(Finding::NotEntered { path }) => self.mount(&path),
             Event::Progress(progress) => {
                 // What waits in the buffer is news for whoever watches.
-                self.closed |= self.out.flush().is_err();
+                self.flush();
                 self.progress.show(progress);
             }
         }
@@ -226,11 +232,25 @@ impl<W: Write> Report<W> {
             let summary = self.tally.summary(self.tally.differences_found.min(self.limit));
             self.write(&summary);
         }
-        self.closed |= self.out.flush().is_err();
+        self.flush();
     }
 
     fn write(&mut self, text: &str) {
-        self.closed |= self.out.write_all(text.as_bytes()).is_err();
+        let written = self.out.write_all(text.as_bytes());
+        self.note(written);
+    }
+
+    fn flush(&mut self) {
+        let flushed = self.out.flush();
+        self.note(flushed);
+    }
+
+    fn note(&mut self, written: io::Result<()>) {
+        let Err(error) = written else { return };
+        self.closed = true;
+        if error.kind() != io::ErrorKind::BrokenPipe {
+            self.failed.get_or_insert(error);
+        }
     }
 }
 

@@ -116,5 +116,7 @@ mod tests {
         let report = QuotasReport { quotas: vec![quota], more: 0 };
         assert_eq!(render(&report), " directory       bytes                    files\n /srv/data/home  1.0 GiB / 4.0 GiB  25 %  7 / any\n");
         assert_eq!(render(&QuotasReport { quotas: vec![], more: 0 }), "no quota\n");
+        let over = QuotaReport { path: WirePath("/d".into()), bytes_limit: Some(ByteSize(0)), bytes_used: ByteSize(512), files_limit: Some(0), files_used: 0 };
+        assert_eq!((bytes(&over), files(&over)), ("512 B / 0 B  100 %".into(), "0 / 0  0 %".into()));
     }
 }
