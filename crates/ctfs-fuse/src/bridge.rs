@@ -407,7 +407,7 @@ impl Filesystem for Bridge {
     fn release(
         &self,
         _request: &Request,
-        _number: INodeNo,
+        number: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
@@ -415,8 +415,10 @@ impl Filesystem for Bridge {
         reply: ReplyEmpty,
     ) {
         let vfs = self.vfs.clone();
+        let leaving = vfs.leaving(ino(number));
         self.runner.run(async move {
             vfs.release(handle(fh)).await;
+            drop(leaving);
             reply.ok();
         });
     }

@@ -25,4 +25,4 @@ pub use caller::Caller;
 pub use content::{Content, ContentSettings, PageWaits, Pages};
 pub use error::FsError;
 pub use handles::{HandleId, OpenMode};
-pub use vfs::{DirItem, KernelCache, LockRequest, Opened, SetAttrRequest, SetTime, Statfs, Vfs, VfsSettings};
+pub use vfs::{DirItem, KernelCache, Leaving, LockRequest, Opened, SetAttrRequest, SetTime, Statfs, Vfs, VfsSettings};

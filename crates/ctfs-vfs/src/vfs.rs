@@ -8,6 +8,7 @@
 
 mod attrs;
 mod files;
+mod leaving;
 mod lock_doubts;
 mod locks;
 mod names;
@@ -30,11 +31,12 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 pub use files::Opened;
+pub use leaving::Leaving;
 pub use names::{DirItem, SetTime};
 pub use attrs::SetAttrRequest;
 pub use locks::LockRequest;
 
-use self::lock_doubts::Turns;
+use self::{leaving::Leavings, lock_doubts::Turns};
 use crate::{
     ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, PageWaits, SpaceReport, caller,
     content::Around,
@@ -102,6 +104,7 @@ pub struct Vfs {
     handles: Handles,
     waiters: Arc<LockWaiters>,
     turns: Turns,
+    leavings: Arc<Leavings>,
     /// `data_version` up to which the kernel's pages of an inode are good.
     page_versions: Mutex<HashMap<Ino, u64>>,
     /// What `statfs` last saw, for when the replica is busy.
@@ -136,6 +139,7 @@ impl Vfs {
             handles: Handles::new(settings.handles_max),
             waiters: LockWaiters::new(settings.lock_waiters_max),
             turns: Turns::default(),
+            leavings: Arc::default(),
             page_versions: Mutex::default(),
             last_totals: Mutex::default(),
             waits,

@@ -16,7 +16,7 @@ use ctfs_types::Ino;
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    Vfs,
+    Leaving, Vfs,
     lock_doubts::{self, Doubt, settle},
     unexpected,
 };
@@ -67,7 +67,11 @@ impl Vfs {
     /// where its number would mean somebody else.
     pub async fn getlk(&self, ino: Ino, request: LockRequest) -> Result<Option<Lock>, FsError> {
         let lock = self.lock(request)?;
-        let holder = self.read(|ns| Ok(ns.conflicting_lock(ino, &lock)?)).await?;
+        let look = |ns: &Namespace| Ok(ns.conflicting_lock(ino, &lock)?);
+        let mut holder = self.read(look).await?;
+        if self.may_be_leaving(ino, holder.as_ref()).await {
+            holder = self.read(look).await?;
+        }
         Ok(holder.map(|mut holder| {
             if holder.owner.node != self.meta.node() {
                 holder.pid = 0;
@@ -120,7 +124,10 @@ impl Vfs {
     ) -> Result<(), FsError> {
         let turn = self.turns.take(ino, lock.owner.owner, self.settings.lock_patience).await?;
         let look = |ns: &Namespace| Ok((ns.conflicting_lock(ino, &lock)?, held_before(ns, ino, &lock)?));
-        let (holder, had) = self.read(look).await?;
+        let (mut holder, mut had) = self.read(look).await?;
+        if place.is_none() && self.may_be_leaving(ino, holder.as_ref()).await {
+            (holder, had) = self.read(look).await?;
+        }
         let op = match (&place, holder) {
             // What is visibly locked needs no command to be refused.
             (None, Some(holder)) => return Err(MetaError::Locked { holder: Box::new(holder) }.into()),
@@ -142,6 +149,18 @@ impl Vfs {
                 Err(error)
             }
         }
+    }
+
+    /// The kernel is about to release a handle of the file, and its notice of that.
+    #[must_use = "what is asked without waiting finds the locks of the handle in its way, else"]
+    pub fn leaving(&self, ino: Ino) -> Leaving {
+        self.leavings.begin(ino)
+    }
+
+    /// Whether a lock in the way may have been that of a closed handle; it is given back, if so.
+    async fn may_be_leaving(&self, ino: Ino, holder: Option<&Lock>) -> bool {
+        let here = holder.is_some_and(|holder| holder.owner.node == self.meta.node());
+        here && timeout(self.settings.lock_patience, self.leavings.wait(ino)).await.unwrap_or(true)
     }
 
     /// Sleeps until the lock is granted or there is a reason to wait no longer.

@@ -301,6 +301,32 @@ async fn closing_any_descriptor_drops_the_process_locks_and_the_last_one_those_o
 }
 
 #[tokio::test]
+async fn a_lock_of_a_file_closed_here_is_not_found_in_the_way_by_whoever_asks_next_here() {
+    // close(2) does not wait for the release, so `flock -n` twice in a row failed.
+    let world = World::new(1);
+    let vfs = world.vfs(0);
+    let (ino, handles) = opened_everywhere(&world).await;
+    let next = open(vfs, ino, libc::O_RDWR).await;
+    vfs.setlk(ino, handles[0], whole(1), false, 0).await.unwrap();
+    let leaving = vfs.leaving(ino);
+    let release = async {
+        vfs.release(handles[0]).await;
+        drop(leaving);
+    };
+    let (locked, seen, ()) =
+        tokio::join!(biased; vfs.setlk(ino, next, whole(2), false, 0), vfs.getlk(ino, whole(2)), release);
+    locked.unwrap();
+    assert_eq!(seen.unwrap(), None);
+
+    // Somebody who has the lock is not waited for.
+    let leaving = vfs.leaving(ino);
+    vfs.release(open(vfs, ino, libc::O_RDWR).await).await;
+    drop(leaving);
+    let last = open(vfs, ino, libc::O_RDWR).await;
+    assert!(is_locked(&vfs.setlk(ino, last, whole(3), false, 0).await.unwrap_err()));
+}
+
+#[tokio::test]
 async fn a_kernel_that_went_away_ends_waits_and_frees_locks() {
     let world = World::new(2);
     let (ino, handles) = opened_everywhere(&world).await;
