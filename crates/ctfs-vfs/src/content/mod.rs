@@ -293,6 +293,16 @@ impl Content {
         self.shared.write(ino, write::Place::At(offset), data, drop_privileges, pages).await.map(|(_, len)| len)
     }
 
+    /// Writes back pages of a mapping. What is past the end of the file is left out, and counts as
+    /// written.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn write_pages(&self, ino: Ino, offset: u64, data: Bytes, drop_privileges: bool) -> Result<u32, FsError> {
+        let place = write::Place::Within(offset);
+        self.shared.write(ino, place, data, drop_privileges, Pages::Locked).await.map(|(_, len)| len)
+    }
+
     /// Writes `data` at the end of the file, as this server sees it, and answers where that was and
     /// how much was written.
     /// Appends of this server do not overlap each other.

@@ -255,7 +255,7 @@ impl Shared {
         let ns = self.meta.replica().read();
         let Some((left, _)) = ledger.left(&byte_quotas(&ns, inode.ino)?) else { return Ok(data.len()) };
         let offset = match place {
-            Place::At(offset) => offset,
+            Place::At(offset) | Place::Within(offset) => offset,
             Place::End => attr_of(&ns, inode.ino)?.size.max(local_size.unwrap_or(0)),
         };
         // Up to the n-th boundary of a sector behind the offset.

@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
-use super::{Inode, Shared, attr_of, flush::Cut, write::Place};
+use super::{Inode, Shared, attr_of, flush::Cut, write::{Place, within}};
 use crate::{FsError, vfs::KernelCache};
 
 /// How long one call to an owner may take. It may have to flush much first.
@@ -341,15 +341,23 @@ impl Shared {
         let deadline = Instant::now() + self.settings.holder_patience;
         let mut turn = inode.flushing.lock().await;
         loop {
-            let (at, appends_at) = match place {
-                Place::At(offset) => (offset, None),
+            let size = || Ok::<_, FsError>(attr_of(&self.meta.replica().read(), ino)?.size);
+            let (at, data, if_size) = match place {
+                Place::At(offset) => (offset, data.clone(), None),
                 Place::End => {
-                    let size = attr_of(&self.meta.replica().read(), ino)?.size;
-                    (size, Some(size))
+                    let size = size()?;
+                    (size, data.clone(), Some(size))
+                }
+                Place::Within(offset) => {
+                    let size = size()?;
+                    (offset, data.slice(..within(size, offset, data.len())), Some(size))
                 }
             };
-            let written = match self.write_piece(inode, Place::At(at), data, drop_privileges).await {
-                Ok(_) => self.flush_placed(inode, &mut turn, Cut::Everything, appends_at).await,
+            if data.is_empty() {
+                return Ok(at);
+            }
+            let written = match self.write_piece(inode, Place::At(at), &data, drop_privileges).await {
+                Ok(_) => self.flush_placed(inode, &mut turn, Cut::Everything, if_size).await,
                 Err(error) => Err(error),
             };
             let Err(error) = written else { return Ok(at) };

@@ -22,6 +22,9 @@ const QUOTA_TRIES: u32 = 4;
 pub(super) enum Place {
     At(u64),
     End,
+    /// Pages of a mapping: they make no file longer. What lies past its end was written before
+    /// somebody cut it off, and goes with that.
+    Within(u64),
 }
 
 impl Shared {
@@ -91,9 +94,10 @@ impl Shared {
         let mut done = 0;
         loop {
             let piece = data.slice(done..data.len().min(done + piece_bytes));
-            let place = match at {
-                Some(start) => Place::At(start + done as u64),
-                None => place,
+            let place = match (place, at) {
+                (Place::Within(start), _) => Place::Within(start + done as u64),
+                (_, Some(start)) => Place::At(start + done as u64),
+                (place, None) => place,
             };
             let written = match mode {
                 WriteMode::Buffer => self.write_piece(inode, place, &piece, drop_privileges).await,
@@ -159,12 +163,14 @@ impl Shared {
         }
         // Held over the write: two appends must not find the same end.
         let mut local = inode.local.lock();
-        let offset = match place {
-            Place::At(offset) => offset,
-            Place::End => {
-                let attr = attr_of(&self.meta.replica().read(), inode.ino)?;
-                attr.size.max(local.size.unwrap_or(0))
-            }
+        let size = || {
+            let attr = attr_of(&self.meta.replica().read(), inode.ino)?;
+            Ok::<_, FsError>(attr.size.max(local.size.unwrap_or(0)))
+        };
+        let (offset, data) = match place {
+            Place::At(offset) => (offset, data),
+            Place::End => (size()?, data),
+            Place::Within(offset) => (offset, &data[..within(size()?, offset, data.len())]),
         };
         let end = offset.checked_add(data.len() as u64).filter(|&end| end <= FILE_BYTES_MAX).ok_or(FsError::TooBig)?;
         self.set_aside(inode, local.size, offset, data)?;
@@ -209,4 +215,9 @@ impl Shared {
         self.pending.lock().remove(&inode.ino);
         true
     }
+}
+
+/// How many of `len` bytes at `offset` lie before the end of the file.
+pub(super) fn within(size: u64, offset: u64, len: usize) -> usize {
+    usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX).min(len)
 }

@@ -149,7 +149,7 @@ impl Vfs {
         let mut done = 0;
         while done < data.len() {
             let rest = data.slice(done..);
-            let written = self.content.write(ino, offset + done as u64, rest, drop_privileges, Pages::Locked).await?;
+            let written = self.content.write_pages(ino, offset + done as u64, rest, drop_privileges).await?;
             if written == 0 {
                 return Err(FsError::CacheFull);
             }

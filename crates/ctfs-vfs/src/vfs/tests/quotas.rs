@@ -82,10 +82,12 @@ async fn pages_of_a_mapping_that_do_not_all_fit_are_an_error_and_what_fits_is_ke
     limit(&world, top, Some(8192), None).await;
     let attr = file(vfs, top, "f", b"").await;
     let handle = open(vfs, attr.ino, libc::O_RDWR).await;
+    let set = crate::SetAttrRequest { size: Some(16_384), ..Default::default() };
+    vfs.setattr(Caller::ROOT, attr.ino, set).await.unwrap();
     let pages = vfs.write(Caller::ROOT, attr.ino, handle, 0, vec![2; 16_384].into(), false, true).await;
     assert_eq!(errno(pages), libc::EDQUOT);
     vfs.flush(attr.ino, handle, 1).await.unwrap();
-    assert_eq!(content(vfs, attr.ino).await, vec![2; 8192]);
+    assert_eq!(content(vfs, attr.ino).await, [[2; 8192], [0; 8192]].concat());
     vfs.release(handle).await;
 }
 

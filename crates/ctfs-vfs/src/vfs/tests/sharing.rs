@@ -114,6 +114,34 @@ async fn truncating_elsewhere_comes_after_every_completed_write() {
     assert_eq!(content(world.vfs(1), attr.ino).await, b"0123\0\0x");
 }
 
+/// The kernel writes back what it has of a page when another server's change takes the page from it.
+async fn write_back(vfs: &Vfs, ino: Ino, handle: HandleId, offset: u64, page: &[u8]) {
+    let written = vfs.write(Caller::ROOT, ino, handle, offset, Bytes::copy_from_slice(page), false, true).await.unwrap();
+    assert_eq!(written as usize, page.len(), "the kernel keeps no page for what is past the end");
+}
+
+#[tokio::test]
+async fn a_mapping_that_is_written_back_late_makes_no_file_longer() {
+    let world = World::new(2);
+    let (attr, mapped) = world.vfs(0).create(Caller::ROOT, ROOT, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
+    let ino = attr.ino;
+    write(world.vfs(0), ino, mapped.handle, 0, &[b'a'; 10_000]).await;
+    let set = crate::SetAttrRequest { size: Some(5000), ..Default::default() };
+    world.vfs(1).setattr(Caller::ROOT, ino, set).await.unwrap();
+    // Shared or not.
+    for other in [None, Some(open(world.vfs(1), ino, libc::O_RDWR).await)] {
+        write_back(world.vfs(0), ino, mapped.handle, 8192, &[b'm'; 1808]).await;
+        write_back(world.vfs(0), ino, mapped.handle, 4096, &[b'm'; 4096]).await;
+        for server in 0..2 {
+            assert_eq!(world.vfs(server).getattr(ino).await.unwrap().size, 5000, "server {server}");
+        }
+        if let Some(other) = other {
+            write(world.vfs(1), ino, other, 5000, b"appended").await;
+            assert_eq!(content(world.vfs(0), ino).await, [&[b'a'; 4096][..], &[b'm'; 904], b"appended"].concat());
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_copy_from_a_file_being_written_has_every_completed_write() {
     let world = World::new(2);
