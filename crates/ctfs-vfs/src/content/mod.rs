@@ -35,6 +35,7 @@ mod room;
 mod sharing;
 #[cfg(test)]
 mod tests;
+mod untold;
 mod write;
 
 use std::{

@@ -31,7 +31,12 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
-use super::{Inode, Shared, attr_of, flush::Cut, write::{Place, within}};
+use super::{
+    Inode, Shared, attr_of,
+    flush::Cut,
+    untold::Untold,
+    write::{Place, within},
+};
 use crate::{FsError, vfs::KernelCache};
 
 /// How long one call to an owner may take. It may have to flush much first.
@@ -54,12 +59,14 @@ pub enum Pages {
     Unlocked,
 }
 
-/// Requests that hold pages and wait for the cluster, by file. The notifier must not let others wait
-/// for those pages: what is waited for here may be waiting for it.
+/// What this server and its kernel's pages must know of each other: requests that hold pages and wait
+/// for the cluster, by file (the notifier must not let others wait for those pages: what is waited for
+/// here may be waiting for it), and what pages may be written back without.
 #[derive(Default)]
 pub struct PageWaits {
     counts: Mutex<HashMap<Ino, u32>>,
     kernel: Mutex<Option<Arc<dyn KernelCache>>>,
+    pub(crate) untold: Untold,
 }
 
 impl PageWaits {
@@ -356,7 +363,11 @@ impl Shared {
             if data.is_empty() {
                 return Ok(at);
             }
-            let written = match self.write_piece(inode, Place::At(at), &data, drop_privileges).await {
+            let written = match place {
+                Place::Within(_) => self.write_page(inode, at, &data, drop_privileges).await,
+                _ => self.write_piece(inode, Place::At(at), &data, drop_privileges).await,
+            };
+            let written = match written {
                 Ok(_) => self.flush_placed(inode, &mut turn, Cut::Everything, if_size).await,
                 Err(error) => Err(error),
             };
