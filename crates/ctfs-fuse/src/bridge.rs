@@ -20,6 +20,7 @@ use crate::{
     caches::{Caches, Permits},
     convert::{BLOCK_BYTES, absent, decode_dev, errno, file_attr, file_type, generation, set_time},
     runner::Runner,
+    undo::FailedWrites,
 };
 
 /// What we ask of the kernel, if it can. Left out, each with its reason:
@@ -64,6 +65,7 @@ pub struct Bridge {
     pub runner: Runner,
     /// Set by the handshake: the kernel can expire names without throwing them out.
     pub can_expire: Arc<std::sync::atomic::AtomicBool>,
+    pub failed: Arc<FailedWrites>,
 }
 
 fn caller(request: &Request) -> Caller {
@@ -118,6 +120,7 @@ impl Replies {
         let timeout = self.vfs.cache_timeout();
         let permits = self.caches.permits(timeout);
         self.caches.looked_up(attr.ino);
+        self.caches.told_size(attr.ino, attr.size);
         reply.entry_with_ttls(&self.attr_timeout(&permits, &attr), &permits.entry(parent), &file_attr(&attr), generation(&attr));
         drop(permits);
         self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
@@ -148,6 +151,7 @@ impl Replies {
         };
         let timeout = self.vfs.cache_timeout();
         let permits = self.caches.permits(timeout);
+        self.caches.told_size(attr.ino, attr.size);
         reply.attr(&self.attr_timeout(&permits, &attr), &file_attr(&attr));
         drop(permits);
         self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
@@ -222,7 +226,7 @@ impl Filesystem for Bridge {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -231,8 +235,17 @@ impl Filesystem for Bridge {
     ) {
         let (replies, caller) = (self.replies(), caller(request));
         let set = SetAttrRequest { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
+        let undoes = size.zip(handle).filter(|(size, handle)| {
+            self.failed.is_undone_by(handle.0, request.pid(), *size, self.caches.size(ino(number)))
+        });
         self.runner.run(async move {
-            let result = replies.vfs.setattr(caller, ino(number), set).await;
+            let result = match undoes {
+                Some((size, _)) => match replies.vfs.getattr(ino(number)).await {
+                    Ok(attr) if attr.size != size => return reply.error(Errno::EINTR),
+                    result => result,
+                },
+                None => replies.vfs.setattr(caller, ino(number), set).await,
+            };
             replies.attr(result, reply);
         });
     }
@@ -344,6 +357,7 @@ impl Filesystem for Bridge {
             let timeout = replies.vfs.cache_timeout();
             let permits = replies.caches.permits(timeout);
             replies.caches.looked_up(attr.ino);
+            replies.caches.told_size(attr.ino, attr.size);
             // One timeout serves for both here.
             let both = replies.attr_timeout(&permits, &attr).min(permits.entry(parent));
             let handle = FileHandle(opened.handle.0);
@@ -391,8 +405,22 @@ impl Filesystem for Bridge {
         // who changed them, and the kernel took the bits away when the page was first touched.
         let caller = if from_cache { Caller::ROOT } else { caller(request) };
         let drop_privileges = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let (caches, failed, thread) = (self.caches.clone(), self.failed.clone(), request.pid());
+        let before = caches.size(ino(number));
         self.runner.run(async move {
-            match vfs.write(caller, ino(number), handle(fh), offset, data, drop_privileges, from_cache).await {
+            let wanted = data.len();
+            let result = vfs.write(caller, ino(number), handle(fh), offset, data, drop_privileges, from_cache).await;
+            if !from_cache {
+                let written = *result.as_ref().unwrap_or(&0);
+                // Asynchronous ones the kernel takes for failed when they are short.
+                if (written as usize) < wanted {
+                    failed.add(fh.0, thread, before.unwrap_or_default());
+                }
+                if written > 0 {
+                    caches.wrote(ino(number), offset.saturating_add(written.into()));
+                }
+            }
+            match result {
                 Ok(written) => reply.written(written),
                 Err(error) => reply.error(errno(&error)),
             }
@@ -416,8 +444,10 @@ impl Filesystem for Bridge {
     ) {
         let vfs = self.vfs.clone();
         let leaving = vfs.leaving(ino(number));
+        let failed = self.failed.clone();
         self.runner.run(async move {
             vfs.release(handle(fh)).await;
+            failed.closed(fh.0);
             drop(leaving);
             reply.ok();
         });
@@ -482,6 +512,7 @@ impl Filesystem for Bridge {
                 // The kernel counts no lookup for these two.
                 if line.name != b"." && line.name != b".." {
                     replies.caches.looked_up(attr.ino);
+                    replies.caches.told_size(attr.ino, attr.size);
                     told.push(Change::Attr { ino: attr.ino });
                 }
             }

@@ -13,6 +13,8 @@ use std::{
 use ctfs_types::Ino;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
+use crate::undo::KernelSize;
+
 /// A directory in which another server changed a name within this time gets no entry timeout:
 /// then two servers busy in one directory need not wait for each other's kernels.
 const DIRECTORY_STAYS_HOT: Duration = Duration::from_secs(60);
@@ -27,8 +29,15 @@ const SHARDS: usize = 16;
 #[derive(Debug, Default)]
 pub struct Caches {
     marks: RwLock<Marks>,
-    /// Lookup counts of inodes the kernel knows (`nlookup` in fuse.h).
-    known: [Mutex<HashMap<Ino, u64>>; SHARDS],
+    /// Inodes the kernel knows.
+    known: [Mutex<HashMap<Ino, Known>>; SHARDS],
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// `nlookup` in fuse.h.
+    lookups: u64,
+    size: KernelSize,
 }
 
 #[derive(Debug, Default)]
@@ -134,21 +143,39 @@ impl Caches {
         self.marks.write().mark_everything(Instant::now());
     }
 
-    fn shard(&self, ino: Ino) -> &Mutex<HashMap<Ino, u64>> {
+    fn shard(&self, ino: Ino) -> &Mutex<HashMap<Ino, Known>> {
         &self.known[ino.0 as usize % SHARDS]
     }
 
     /// The kernel is about to learn of `ino` once more.
     pub fn looked_up(&self, ino: Ino) {
-        *self.shard(ino).lock().entry(ino).or_default() += 1;
+        self.shard(ino).lock().entry(ino).or_default().lookups += 1;
+    }
+
+    /// The kernel is told, or was, that a file has this size.
+    pub fn told_size(&self, ino: Ino, size: u64) {
+        if let Some(known) = self.shard(ino).lock().get_mut(&ino) {
+            known.size = KernelSize { told: size, grown: size };
+        }
+    }
+
+    /// The kernel wrote up to `end`.
+    pub fn wrote(&self, ino: Ino, end: u64) {
+        if let Some(known) = self.shard(ino).lock().get_mut(&ino) {
+            known.size.grown = known.size.grown.max(end);
+        }
+    }
+
+    pub fn size(&self, ino: Ino) -> Option<KernelSize> {
+        self.shard(ino).lock().get(&ino).map(|known| known.size)
     }
 
     /// The kernel forgot `lookups` of those.
     pub fn forgotten(&self, ino: Ino, lookups: u64) {
         let mut known = self.shard(ino).lock();
-        if let Some(count) = known.get_mut(&ino) {
-            *count = count.saturating_sub(lookups);
-            if *count == 0 {
+        if let Some(one) = known.get_mut(&ino) {
+            one.lookups = one.lookups.saturating_sub(lookups);
+            if one.lookups == 0 {
                 known.remove(&ino);
             }
         }

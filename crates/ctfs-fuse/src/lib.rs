@@ -16,6 +16,7 @@ mod mountinfo;
 mod notice;
 mod notifier;
 mod runner;
+mod undo;
 
 #[cfg(test)]
 mod tests;

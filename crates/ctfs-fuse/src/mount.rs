@@ -134,6 +134,7 @@ impl Mount {
             caches: caches.clone(),
             runner: Runner::new(runtime.clone()),
             can_expire: can_expire.clone(),
+            failed: Arc::default(),
         };
         let mut config = Config::default();
         config.acl = SessionACL::All;
