@@ -1,91 +1,78 @@
 #!/usr/bin/env python3
-"""Metadata load in one directory: how many operations a second, one after the other.
+"""Changes of metadata in one directory by one process, one after the other.
 
-    metadata.py DIR --files N [--tar FILE]     times every operation, prints one JSON object
-    metadata.py --make-tar FILE                makes the tree of 1,000 files that --tar unpacks
-    metadata.py DIR --fill N                   only makes N files of 4 KiB, 1,000 a directory
-
-DIR must exist and be empty; it is left empty, except by --fill.
+    metadata.py DIR [--seconds S] [--most N]     DIR exists and is empty, and is left empty
+    metadata.py DIR --fill N                     only makes N files of 4 KiB, 1,000 a directory
 """
 
-import argparse
-import io
-import json
+import itertools
 import os
-import shutil
-import subprocess
-import sys
-import tarfile
 import time
 
+from jobs import jobs_of, parser, write
 
-def timed(results, name, count, work):
-    start = time.monotonic()
-    work()
-    results[name] = count / (time.monotonic() - start)
-
-
-def write(path, content, sync=False):
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        os.write(fd, content)
-        if sync:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
+BLOCK = 4096
 
 
 def read(path):
     with open(path, "rb", buffering=0) as file:
-        assert len(file.read()) == 4096, path
+        assert len(file.read()) == BLOCK, path
 
 
-def sync_directory(path):
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(fd)
-    os.close(fd)
+def make(jobs, directory, prefix, most, each):
+    """Makes files until time is up, `most` of them at most. Their paths, and how many a second."""
+    made, start = [], time.monotonic()
+    while len(made) < most and time.monotonic() < start + jobs.seconds:
+        path = os.path.join(directory, f"{prefix}{len(made)}")
+        each(path)
+        made.append(path)
+    return made, len(made) / (time.monotonic() - start)
 
 
-def run(directory, files, tar):
-    results = {}
-    old = [os.path.join(directory, f"f{i}") for i in range(files)]
-    new = [os.path.join(directory, f"g{i}") for i in range(files)]
-    durable = [os.path.join(directory, f"d{i}") for i in range(files // 5)]
+def run(jobs, directory, most):
+    everything = []
 
-    def make_durable():
-        for path in durable:
-            write(path, os.urandom(4096), sync=True)
-            sync_directory(directory)
+    def create(prefix, most, each):
+        made, rate = make(jobs, directory, prefix, most, each)
+        everything.extend(made)
+        return rate
 
-    timed(results, "create", files, lambda: [write(path, os.urandom(4096)) for path in old])
-    timed(results, "create+fsync", len(durable), make_durable)
-    timed(results, "stat", files, lambda: [os.stat(path) for path in old])
-    timed(results, "open+read", files, lambda: [read(path) for path in old])
-    timed(results, "chmod", files, lambda: [os.chmod(path, 0o600) for path in old])
-    timed(results, "rename", files, lambda: [os.rename(a, b) for a, b in zip(old, new)])
-    timed(results, "unlink", files, lambda: [os.unlink(path) for path in new])
-    if tar:
-        with tarfile.open(tar) as archive:
-            entries = len(archive.getnames())
-        unpack = ["tar", "-x", "-f", tar, "-C", directory]
-        timed(results, "tar x", entries, lambda: subprocess.run(unpack, check=True))
-        find = ["find", directory, "-type", "f", "-size", "+0"]
-        timed(results, "find", entries, lambda: subprocess.run(find, check=True, stdout=subprocess.DEVNULL))
-        timed(results, "rm -r", entries, lambda: shutil.rmtree(os.path.join(directory, "tree")))
-    for path in durable:
-        os.unlink(path)
-    return results
+    def durable(path):
+        write(path, os.urandom(BLOCK), sync=True)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(fd)
+        os.close(fd)
 
+    jobs.run("create", "op/s", lambda: create("f", most, lambda path: write(path, os.urandom(BLOCK))))
+    jobs.run("create+fsync", "op/s", lambda: create("d", most, durable))
 
-def make_tar(path):
-    """50 directories of 20 files, 1 to 15 KiB, as a small source tree has."""
-    with tarfile.open(path, "w") as archive:
-        for d in range(50):
-            for f in range(20):
-                size = 1024 + (d * 20 + f) * 7919 % 14336
-                info = tarfile.TarInfo(f"tree/dir{d}/file{f}.txt")
-                info.size = size
-                archive.addfile(info, io.BytesIO(os.urandom(size)))
+    # Each pass over the files changes every one of them again.
+    def again(change):
+        names, turns = itertools.cycle(list(everything)), itertools.count()
+
+        def some():
+            for path in itertools.islice(names, 10):
+                change(path, next(turns) // len(everything) % 2)
+
+        return jobs.passes(some, 10)
+
+    def rename(path, turn):
+        os.rename(*((path + ".new", path) if turn else (path, path + ".new")))
+
+    def unlink():
+        start, count = time.monotonic(), 0
+        with os.scandir(directory) as entries:
+            names = [entry.path for entry in entries]
+        for path in names:
+            os.unlink(path)
+            count += 1
+        return count / (time.monotonic() - start)
+
+    jobs.run("open+read", "op/s", lambda: again(lambda path, _: read(path)))
+    jobs.run("chmod", "op/s", lambda: again(lambda path, turn: os.chmod(path, 0o644 if turn else 0o600)))
+    jobs.run("setxattr", "op/s", lambda: again(lambda path, turn: os.setxattr(path, "user.bench", b"%d" % turn)))
+    jobs.run("rename", "op/s", lambda: again(rename))
+    jobs.run("unlink", "op/s", unlink)
 
 
 def fill(directory, files):
@@ -93,21 +80,15 @@ def fill(directory, files):
         if i % 1000 == 0:
             below = os.path.join(directory, f"fill{i // 1000}")
             os.mkdir(below)
-        write(os.path.join(below, f"f{i}"), os.urandom(4096))
+        write(os.path.join(below, f"f{i}"), os.urandom(BLOCK))
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("directory", nargs="?")
-parser.add_argument("--files", type=int, default=500)
-parser.add_argument("--tar")
-parser.add_argument("--make-tar", metavar="FILE")
-parser.add_argument("--fill", type=int, metavar="N")
-args = parser.parse_args()
-if args.make_tar:
-    make_tar(args.make_tar)
-elif not args.directory:
-    parser.error("which directory?")
-elif args.fill:
+arguments = parser(__doc__)
+arguments.add_argument("directory")
+arguments.add_argument("--most", type=int, default=2000)
+arguments.add_argument("--fill", type=int, metavar="N")
+args = arguments.parse_args()
+if args.fill is not None:
     fill(args.directory, args.fill)
 else:
-    json.dump(run(args.directory, args.files, args.tar), sys.stdout)
+    run(jobs_of(args), args.directory, args.most)
