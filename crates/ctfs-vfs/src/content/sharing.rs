@@ -41,6 +41,9 @@ use crate::{FsError, vfs::KernelCache};
 
 /// How long one call to an owner may take. It may have to flush much first.
 const CALL_PATIENCE: Duration = Duration::from_secs(8);
+/// The first pause before a holder is asked again for attributes: most often it has not applied yet,
+/// as this server has, that it holds the file.
+const PEEK_AGAIN: Duration = Duration::from_millis(2);
 /// Files given up by one command.
 const GIVE_UP_MAX: usize = 512;
 
@@ -166,7 +169,7 @@ impl Shared {
     /// [`MetaError::Held`]: the holder neither answered nor ended in time.
     pub(super) async fn peek(&self, ino: Ino, holder: Holder) -> Result<Attr, FsError> {
         let deadline = Instant::now() + self.settings.holder_patience;
-        let mut holder = holder;
+        let (mut holder, mut pause) = (holder, PEEK_AGAIN);
         loop {
             let changed = self.usage_changed.notified();
             tokio::pin!(changed);
@@ -183,7 +186,8 @@ impl Shared {
             if Instant::now() >= deadline {
                 return Err(MetaError::Held { ino, holder }.into());
             }
-            let _ = timeout_at(deadline.min(Instant::now() + self.settings.ask_again), changed).await;
+            let _ = timeout_at(deadline.min(Instant::now() + pause), changed).await;
+            pause = (pause * 2).min(self.settings.ask_again);
         }
     }
 
