@@ -256,7 +256,9 @@ fn diff_has_a_form_for_machines_which_is_one_object_whatever_was_found() {
 fn diff_names_what_it_cannot_open() {
     let dir = tempfile::tempdir().unwrap();
     let here = dir.path().to_str().unwrap();
-    assert_fails(&ctfs(dir.path(), &["diff", here, "/does/not/exist"]), 1, "E0100");
+    let missing = ctfs(dir.path(), &["diff", here, "/does/not/exist"]);
+    assert_fails(&missing, 1, "E0100");
+    assert!(stderr(&missing).contains("why") && stderr(&missing).contains("try   check the path"), "{}", stderr(&missing));
     for args in [&["diff", here][..], &["diff", here, here, "--threads", "0"], &["diff", here, here, "--limit", "some"]] {
         assert_eq!(ctfs(dir.path(), args).status.code(), Some(2), "{args:?}");
     }

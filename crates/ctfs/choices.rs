@@ -59,6 +59,11 @@ impl Choices {
     }
 }
 
+/// A number of things.
+pub fn count(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a number; write digits alone, e.g. 1000000"))
+}
+
 /// A size, or a share of the free space where it will be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_share_of_nothing_is_nothing() {
-        assert_eq!(percent(5, 0), 0);
+        assert_eq!((percent(0, 0), percent(5, 0)), (0, 100));
         assert_eq!(percent(u64::MAX, u64::MAX), 100);
     }
 

@@ -66,6 +66,13 @@ fn a_quota_set_on_one_server_holds_to_the_block_on_every_server() {
     cluster.sh(2, "mkdir $MNT/home/bob $MNT/home/carol");
     assert!(cluster.sh(2, "mkdir $MNT/home/dave 2>&1 || true").contains("Disk quota exceeded"));
 
+    // One limit is lifted alone.
+    cluster.ctfs(1, &["quota", "set", one.to_str().unwrap(), "--files", "none"]);
+    cluster.sh(2, "mkdir $MNT/home/dave && rmdir $MNT/home/dave");
+    let list = cluster.json(2, &["quota", "list"]);
+    let limits = (&list["quotas"][0]["bytes_limit"], &list["quotas"][0]["files_limit"]);
+    assert_eq!((limits.0.as_u64(), limits.1.as_u64()), (Some(LIMIT), None), "{list}");
+
     // Across the edge nothing is linked, and mv copies.
     assert!(cluster.sh(2, "ln $MNT/outside $MNT/home/bob/link 2>&1 || true").contains("Invalid cross-device link"));
     cluster.sh(2, "mv $MNT/home/alice/fits $MNT/fits && rmdir $MNT/home/alice");

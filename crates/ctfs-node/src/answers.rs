@@ -347,7 +347,7 @@ impl Node {
             ino = namespace
                 .lookup(ino, &name)
                 .map_err(store)?
-                .ok_or_else(|| Problem::new(Code::NotInside, format!("{} does not exist", WirePath::from(path))))?;
+                .ok_or_else(|| Problem::new(Code::NotInside, format!("{} does not exist", WirePath::from(path))).try_next("check the path"))?;
         }
         let attr = namespace.attr(ino).map_err(store)?.ok_or_else(|| Problem::not_inside(path))?;
         Ok((ino, attr))

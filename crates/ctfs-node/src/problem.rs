@@ -146,7 +146,10 @@ impl Problem {
             io::ErrorKind::PermissionDenied => {
                 Self::new(Code::PermissionDenied, format!("cannot {what}")).why(error.to_string()).try_next("run it as root (sudo)")
             }
-            _ => Self::new(Code::Io, format!("cannot {what}")).why(error.to_string()),
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Self::new(Code::Io, format!("cannot {what}"))
+                .why(error.to_string())
+                .try_next("check the path; a relative one begins at the working directory"),
+            _ => Self::new(Code::Io, format!("cannot {what}")).why(error.to_string()).try_next("dmesg | tail    may say more"),
         }
     }
 
@@ -250,7 +253,9 @@ impl Problem {
     }
 
     pub fn not_inside(path: &Path) -> Self {
-        Self::new(Code::NotInside, format!("{} is not in this file system", path.display())).try_next("ctfs status    shows where it is mounted")
+        Self::new(Code::NotInside, format!("{} is not in this file system", path.display()))
+            .why("it does not lie below where this server has mounted it")
+            .try_next("ctfs status    shows where it is mounted")
     }
 
     pub fn no_such_server(name: &str) -> Self {

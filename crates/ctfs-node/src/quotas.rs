@@ -6,7 +6,7 @@ use ctfs_meta::{MetaError, Namespace, Op, Quota, QuotaUse};
 use ctfs_types::{ByteSize, FileName, Ino};
 
 use crate::{
-    admin::{LINE_BYTES_MAX, QuotaReport, QuotasReport, WirePath},
+    admin::{LINE_BYTES_MAX, Limit, QuotaReport, QuotasReport, WirePath},
     answers::store,
     node::Node,
     problem::{Code, Problem},
@@ -14,10 +14,15 @@ use crate::{
 
 impl Node {
     /// Changes the limits that are named and leaves the others as they are.
-    pub(crate) async fn set_quota(&self, path: &WirePath, bytes: Option<u64>, files: Option<u64>) -> Result<QuotasReport, Problem> {
+    pub(crate) async fn set_quota(&self, path: &WirePath, bytes: Option<Limit>, files: Option<Limit>) -> Result<QuotasReport, Problem> {
         let (ino, _) = self.resolve(path.as_path())?;
         let old = self.consensus.replica().read().quota(ino).map_err(store)?;
-        let quota = Quota { bytes: bytes.or(old.bytes), files: files.or(old.files) };
+        let changed = |change: Option<Limit>, old: Option<u64>| match change {
+            None => old,
+            Some(Limit::None) => None,
+            Some(Limit::Most(most)) => Some(most),
+        };
+        let quota = Quota { bytes: changed(bytes, old.bytes), files: changed(files, old.files) };
         self.put_quota(ino, path, quota).await?;
         self.quotas_at(ino, path)
     }

@@ -10,8 +10,12 @@ use serde::{Deserialize, Serialize};
 pub struct ByteSize(pub u64);
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a size; write a number with an optional unit, e.g. 512MiB or 64GiB")]
-pub struct InvalidSize(String);
+pub enum InvalidSize {
+    #[error("{0:?} is not a size; write a number with an optional unit, e.g. 512MiB or 64GiB")]
+    NotASize(String),
+    #[error("{0:?} is too much; the largest size is below 16 EiB")]
+    TooMuch(String),
+}
 
 const UNITS: [(&str, u32); 6] = [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
 
@@ -19,7 +23,8 @@ impl FromStr for ByteSize {
     type Err = InvalidSize;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bad = || InvalidSize(text.to_owned());
+        let bad = || InvalidSize::NotASize(text.to_owned());
+        let much = || InvalidSize::TooMuch(text.to_owned());
         let trimmed = text.trim();
         let split = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
         let (number, unit) = (&trimmed[..split], trimmed[split..].trim());
@@ -35,10 +40,10 @@ impl FromStr for ByteSize {
                 .1,
         };
         if let Ok(whole) = number.parse::<u64>() {
-            return whole.checked_mul(1 << shift).map(Self).ok_or_else(bad);
+            return whole.checked_mul(1 << shift).map(Self).ok_or_else(much);
         }
         let value = number.parse::<f64>().map_err(|_| bad())? * (1u64 << shift) as f64;
-        if value.is_finite() && value < u64::MAX as f64 { Ok(Self(value as u64)) } else { Err(bad()) }
+        if value.is_finite() && value < u64::MAX as f64 { Ok(Self(value as u64)) } else { Err(much()) }
     }
 }
 
@@ -65,5 +70,6 @@ mod tests {
         for bad in ["", "GiB", "-1", "12 parsecs", "99999999999EiB", "1.2.3G"] {
             assert!(bad.parse::<ByteSize>().is_err(), "{bad}");
         }
+        assert!(matches!("17EiB".parse::<ByteSize>(), Err(InvalidSize::TooMuch(_))));
     }
 }

@@ -15,7 +15,7 @@ use ctfs_node::problem::{Problem, exit};
 use ctfs_types::ByteSize;
 use serde::Serialize;
 
-use crate::{Context, errors::Outcome, ui::counted};
+use crate::{Context, choices, errors::Outcome, ui::counted};
 
 /// Compare two trees in everything a file system can hold
 ///
@@ -46,7 +46,7 @@ pub struct Diff {
     cross_mounts: bool,
 
     /// Show at most N differences and N errors; all are counted
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = choices::count)]
     limit: Option<u64>,
 
     /// Threads that read

@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal};
 
 use clap::{Args, Subcommand};
 use ctfs_node::{
-    admin::Request,
+    admin::{Request, Response},
     problem::{Code, Problem, exit},
 };
 
@@ -44,7 +44,16 @@ impl Node {
     pub fn run(self, context: &Context) -> Outcome {
         let Verb::Remove { name, yes, force } = self.verb;
         if !yes {
-            confirm(context, &format!("remove {name} from the cluster for good?"))?;
+            let question = format!("remove {name} from the cluster for good?");
+            somebody_is_there(&question)?;
+            // Nobody answers a question about a server that is not there.
+            let Response::Nodes(nodes) = super::ask(context, &Request::Nodes, super::LOOK)? else {
+                return Err(super::unexpected());
+            };
+            if !nodes.servers.iter().any(|server| server.name == name) {
+                return Err(Problem::no_such_server(&name));
+            }
+            confirm(context, &question)?;
         }
         let done = super::ask_to(context, &Request::NodeRemove { name, force }, COPYING)?;
         super::say_done(context, &done);
@@ -52,11 +61,15 @@ impl Node {
     }
 }
 
-/// Asks on a terminal; elsewhere fails and names the flag.
-fn confirm(context: &Context, question: &str) -> Result<(), Problem> {
-    if !std::io::stdin().is_terminal() {
-        return Err(Problem::new(Code::NeedsAnswer, question).why("nobody sits at the terminal to answer").try_next("add --yes"));
+/// Where there is no terminal, fails and names the flag.
+fn somebody_is_there(question: &str) -> Result<(), Problem> {
+    if std::io::stdin().is_terminal() {
+        return Ok(());
     }
+    Err(Problem::new(Code::NeedsAnswer, question).why("nobody sits at the terminal to answer").try_next("add --yes"))
+}
+
+fn confirm(context: &Context, question: &str) -> Result<(), Problem> {
     context.ui.talk(&format!("{question} [y/N] "));
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).map_err(|error| Problem::io("read the answer", &error))?;

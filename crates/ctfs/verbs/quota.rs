@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use ctfs_node::{
-    admin::{QuotaReport, QuotasReport, Request, Response},
+    admin::{Limit, QuotaReport, QuotasReport, Request, Response},
     problem::exit,
 };
 use ctfs_types::ByteSize;
 
 use crate::{
-    Context,
+    Context, choices,
     errors::Outcome,
     ui::{percent, table},
 };
@@ -26,7 +26,7 @@ pub struct Quota {
 enum Verb {
     /// Limit what may be below a directory
     ///
-    /// A limit that is not named stays as it is. It may be below what is there: then only what makes
+    /// A limit that is not named stays as it is, `none` lifts it. It may be below what is there: then only what makes
     /// less of it goes. Nothing is moved or hard-linked across the edge of such a directory;
     /// programs get EXDEV and copy.
     #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs quota set /srv/data/home/alice --bytes 50GiB\n  ctfs quota set /srv/data/mail --bytes 1TiB --files 10000000")]
@@ -34,12 +34,12 @@ enum Verb {
         path: PathBuf,
 
         /// Most bytes: what files have allocated, as du counts it, each byte once however many copies are kept
-        #[arg(long, value_name = "SIZE", group = "what")]
-        bytes: Option<ByteSize>,
+        #[arg(long, value_name = "SIZE", group = "what", value_parser = bytes_limit)]
+        bytes: Option<Limit>,
 
         /// Most files and directories, of any type, the directory itself not counted
-        #[arg(long, value_name = "N", group = "what")]
-        files: Option<u64>,
+        #[arg(long, value_name = "N", group = "what", value_parser = files_limit)]
+        files: Option<Limit>,
     },
     /// Lift both limits of a directory
     Clear { path: PathBuf },
@@ -58,7 +58,7 @@ impl Quota {
     pub fn run(self, context: &Context) -> Outcome {
         let (request, json) = match self.verb {
             Verb::Set { path, bytes, files } => {
-                (Request::QuotaSet { path: super::named(&path), bytes: bytes.map(|bytes| bytes.0), files }, false)
+                (Request::QuotaSet { path: super::named(&path), bytes, files }, false)
             }
             Verb::Clear { path } => (Request::QuotaClear { path: super::named(&path) }, false),
             Verb::List { path, json } => (Request::QuotaList { path: path.as_deref().map(super::named) }, json),
@@ -70,6 +70,16 @@ impl Quota {
         }
         Ok(exit::OK)
     }
+}
+
+fn bytes_limit(text: &str) -> Result<Limit, String> {
+    let size = || text.parse().map(|ByteSize(most)| Limit::Most(most)).map_err(|error| format!("{error}, or none"));
+    if text == "none" { Ok(Limit::None) } else { size() }
+}
+
+fn files_limit(text: &str) -> Result<Limit, String> {
+    let number = || choices::count(text).map(Limit::Most).map_err(|error| format!("{error}, or none"));
+    if text == "none" { Ok(Limit::None) } else { number() }
 }
 
 fn render(report: &QuotasReport) -> String {

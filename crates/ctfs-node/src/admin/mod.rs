@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use client::{AdminClient, ClientError};
 pub use report::*;
-pub use request::{Request, Response, WirePath};
+pub use request::{Limit, Request, Response, WirePath};
 pub use socket::{AdminSocket, serve};
 
 use crate::problem::Problem;

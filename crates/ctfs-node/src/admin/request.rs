@@ -13,6 +13,14 @@ use super::report::{
     CacheDropReport, DfReport, DoneReport, InfoReport, NodesReport, PingReport, PolicyReport, QuotasReport, StatusReport, TokenReport,
 };
 
+/// What becomes of one limit of a quota.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Limit {
+    None,
+    Most(u64),
+}
+
 /// One thing to do or to look at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verb", rename_all = "kebab-case", deny_unknown_fields)]
@@ -50,8 +58,8 @@ pub enum Request {
     /// `None` leaves a limit as it is.
     QuotaSet {
         path: WirePath,
-        bytes: Option<u64>,
-        files: Option<u64>,
+        bytes: Option<Limit>,
+        files: Option<Limit>,
     },
     QuotaClear {
         path: WirePath,
