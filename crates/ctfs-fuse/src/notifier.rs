@@ -16,7 +16,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    ops::Range,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -139,20 +138,10 @@ impl Notifier {
         state.names.clear();
         state.inodes.clear();
         state.holding.clear();
-        self.shared.vfs.pages_were_told(None);
         self.shared.advance(&state);
         self.shared.names_ready.notify_all();
         self.shared.inodes_ready.notify_all();
         self.shared.outstanding.notify_all();
-    }
-}
-
-/// The bytes that a change changed for certain. A file that changes hands, or is cut, is forgotten to
-/// its end, and not because of bytes.
-fn late(change: &Change) -> Option<(Ino, Range<u64>)> {
-    match *change {
-        Change::Data { ino, offset, len } if len != u64::MAX => Some((ino, offset..offset.saturating_add(len))),
-        _ => None,
     }
 }
 
@@ -191,9 +180,6 @@ impl Shared {
             return;
         }
         for (change, holds) in changes {
-            if let Some((ino, range)) = late(&change).filter(|_| index.is_some()) {
-                self.vfs.pages_are_late(ino, range);
-            }
             // What no entry caused holds no entry up.
             let holds = holds && index.is_some();
             let is_name = matches!(change, Change::Entry { .. });
@@ -292,14 +278,6 @@ impl Shared {
             };
             drop(state);
             self.tell_one(&job.change);
-            match &job.change {
-                Forget::Change(change) => {
-                    if let Some(late) = late(change) {
-                        self.vfs.pages_were_told(Some(late));
-                    }
-                }
-                Forget::Everything => self.vfs.pages_were_told(None),
-            }
             state = self.state.lock();
             if state.holding.remove(&job.number).is_some() {
                 self.advance(&state);

@@ -203,9 +203,6 @@ pub struct CellWrite {
     pub data: Option<ExtentData>,
     /// Copies the chunk shall have; 0 means the policy's default for the cluster's size.
     pub copies: u8,
-    /// First bytes and ends of what was written, inside the cell: what kernels elsewhere forget. None
-    /// at all, or too many: the whole cell.
-    pub changed: Vec<(u32, u32)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -14,8 +14,6 @@ pub const LINKS_MAX: u32 = 65000;
 pub const FILE_BYTES_MAX: u64 = 1 << 60;
 /// Content up to this size lives in the metadata. Larger saves chunk writes but grows every server's log.
 pub const INLINE_BYTES_MAX: usize = 4096;
-/// Changed ranges that a command names in one cell.
-pub const CHANGED_RANGES_MAX: usize = 16;
 /// Most bytes a command may encode to; a decoder refuses more before it allocates.
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 /// Largest chunk: one cell of 8 MiB.

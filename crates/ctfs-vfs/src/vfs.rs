@@ -20,7 +20,6 @@ pub(crate) mod tests;
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::Arc,
     time::Duration,
 };
@@ -193,20 +192,6 @@ impl Vfs {
     /// Whether this replica knows that nothing has this name.
     pub fn is_name_gone(&self, parent: Ino, name: &FileName) -> bool {
         matches!(self.meta.replica().read().lookup(parent, name), Ok(None))
-    }
-
-    /// Bytes that another server changed and that the kernel's pages may not show yet: nothing that
-    /// is written back from them counts until the kernel was told.
-    pub fn pages_are_late(&self, ino: Ino, range: Range<u64>) {
-        self.waits.untold.add(ino, range);
-    }
-
-    /// The kernel was told of a range that was late; without one, of everything.
-    pub fn pages_were_told(&self, late: Option<(Ino, Range<u64>)>) {
-        match late {
-            Some((ino, range)) => self.waits.untold.told(ino, &range),
-            None => self.waits.untold.told_all(),
-        }
     }
 
     /// Whether a request that holds pages of `ino` waits for the cluster.

@@ -677,13 +677,6 @@ impl View<'_> {
         self.state.flushing.inside(range).last().map(|part| part.end - start)
     }
 
-    /// The cell's flushing bytes, as offsets inside the cell, in order.
-    pub fn flushing(&self, cell: CellIndex) -> Vec<Range<u64>> {
-        let range = self.entry.range_of(cell);
-        let start = range.start;
-        self.state.flushing.inside(range).map(|part| part.start - start..part.end - start).collect()
-    }
-
     /// The first unflushed bytes at or after `from`.
     pub fn next_unflushed(&self, from: u64) -> Option<Range<u64>> {
         match (self.state.dirty.next(from), self.state.flushing.next(from)) {

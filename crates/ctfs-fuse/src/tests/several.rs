@@ -3,7 +3,6 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Read, Write},
-    os::fd::AsRawFd,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     time::Instant,
 };
@@ -162,47 +161,6 @@ fn a_cut_off_server_gives_errors_and_does_not_hang() {
         assert_eq!(fs::metadata(paths[1].join("f")).unwrap_err().raw_os_error(), Some(libc::EIO));
         assert_eq!(fs::write(paths[1].join("g"), b"").unwrap_err().raw_os_error(), Some(libc::EIO));
         assert!(fs::metadata(&paths[1]).is_ok(), "stat of the mountpoint still answers");
-    });
-}
-
-/// A page is written back as a whole, with what it held before the others wrote into it.
-#[test]
-fn stores_to_a_mapping_and_writes_elsewhere_into_the_same_page_are_both_kept() {
-    let Some(mounts) = Mounts::new(2) else { return };
-    mounts.run(|paths| {
-        const PAGES: usize = 4;
-        let (here, there) = (paths[0].join("f"), paths[1].join("f"));
-        let mapped = OpenOptions::new().read(true).write(true).create_new(true).open(&here).unwrap();
-        mapped.write_all_at(&[b'a'; PAGES * 4096], 0).unwrap();
-        // SAFETY: a new mapping of its own, unmapped below; nothing else points into it.
-        let map = unsafe {
-            let flags = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-            libc::mmap(std::ptr::null_mut(), PAGES * 4096, flags.0, flags.1, mapped.as_raw_fd(), 0)
-        };
-        assert_ne!(map, libc::MAP_FAILED);
-        let store = |at: usize, byte: u8| {
-            assert!(at < PAGES * 4096);
-            // SAFETY: inside the mapping, as asserted.
-            unsafe { map.cast::<u8>().add(at).write_volatile(byte) }
-        };
-        let writer = OpenOptions::new().read(true).write(true).open(&there).unwrap();
-        let mut wanted = vec![b'a'; PAGES * 4096];
-        for round in 0..100 {
-            let (mine, theirs) = (round * 37 % (PAGES * 4096), (round * 37 + 100) % (PAGES * 4096));
-            store(mine, b'm');
-            writer.write_all_at(b"t", theirs as u64).unwrap();
-            (wanted[mine], wanted[theirs]) = (b'm', b't');
-        }
-        // SAFETY: the mapping made above.
-        unsafe {
-            assert_eq!(libc::msync(map, PAGES * 4096, libc::MS_SYNC), 0);
-            libc::munmap(map, PAGES * 4096);
-        }
-        for path in [&here, &there] {
-            let found = fs::read(path).unwrap();
-            let differs = found.iter().zip(&wanted).position(|(found, wanted)| found != wanted);
-            assert_eq!((found.len(), differs), (wanted.len(), None), "{}", path.display());
-        }
     });
 }
 

@@ -2,7 +2,7 @@
 
 use ctfs_types::{
     CellIndex, ChunkId, Extent, ExtentData, FileKind, FileUse, Ino,
-    limits::{CHANGED_RANGES_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX},
+    limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX},
 };
 
 use super::{Apply, ChunkRecord, cuts::is_dead, keys, records::Inode, txn::Outcome};
@@ -67,13 +67,8 @@ impl Apply<'_, '_> {
         for write in cells {
             let extent = write.data.clone().map(|data| Extent { start: write.start, data, stamp: self.index });
             self.set_cell(ino, &mut inode, write.cell, extent, write.copies)?;
-            let (start, cell_bytes) = (inode.cell.start_of(write.cell), inode.cell.bytes());
-            let whole = [(0, cell_bytes as u32)];
-            let is_range = |&(from, to): &(u32, u32)| from < to && u64::from(to) <= cell_bytes;
-            let named = (1..=CHANGED_RANGES_MAX).contains(&write.changed.len()) && write.changed.iter().all(is_range);
-            for &(from, to) in if named { &write.changed[..] } else { &whole } {
-                self.changed(Change::Data { ino, offset: start + u64::from(from), len: u64::from(to - from) });
-            }
+            let (offset, len) = (inode.cell.start_of(write.cell), inode.cell.bytes());
+            self.changed(Change::Data { ino, offset, len });
         }
         inode.data_version = self.index.0;
         inode.mtime = mtime.unwrap_or(self.at);

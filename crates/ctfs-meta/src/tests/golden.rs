@@ -22,7 +22,7 @@ const HOLDER: Holder = Holder { node: NodeId(2), incarnation: Incarnation(1) };
 fn ops() -> Vec<Op> {
     let make = |parent, text: &str, content| Op::Make { parent, name: name(text), node: node(content, 0o2755) };
     let (dir, file, copy) = (Ino(2), Ino(3), Ino(4));
-    let cell = |cell, data| CellWrite { cell, expect: LogIndex(0), start: 7, data, copies: 2, changed: vec![(7, 100), (200, 300)] };
+    let cell = |cell, data| CellWrite { cell, expect: LogIndex(0), start: 7, data, copies: 2 };
     let locker = owner(2, 1, 99);
     vec![
         Op::Noop,

@@ -159,7 +159,7 @@ impl Volume {
     pub fn write(&mut self, ino: Ino, cell: u64, data: ExtentData) -> Verdict {
         let expect = self.stamp(ino, cell);
         let end = self.attr(ino).cell.start_of(cell) + u64::from(data.len());
-        let cells = vec![CellWrite { cell, expect, start: 0, data: Some(data), copies: 0, changed: vec![] }];
+        let cells = vec![CellWrite { cell, expect, start: 0, data: Some(data), copies: 0 }];
         self.run(write_op(ino, cells, end))
     }
 

@@ -268,5 +268,5 @@ fn some_cell(model: &Model, ino: Ino, cell: u64, c: [u8; 3]) -> CellWrite {
         }
     };
     debug_assert_eq!(CellSize::DEFAULT.bytes(), CELL);
-    CellWrite { cell, expect, start: of(&STARTS, c[0] / 8), data, copies: c[2] % 4, changed: vec![] }
+    CellWrite { cell, expect, start: of(&STARTS, c[0] / 8), data, copies: c[2] % 4 }
 }

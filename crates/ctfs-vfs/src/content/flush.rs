@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
 use ctfs_meta::{CellWrite, Change, MetaError, Op, Reply};
-use ctfs_types::{Attr, CellIndex, ExtentData, Ino, LogIndex, Timestamp, limits::{CHANGED_RANGES_MAX, INLINE_BYTES_MAX}};
+use ctfs_types::{Attr, CellIndex, ExtentData, Ino, LogIndex, Timestamp, limits::INLINE_BYTES_MAX};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
 
@@ -55,13 +55,11 @@ pub(super) struct Built {
     base: Option<Tag>,
     pub copies: u8,
     pub put_at: PutAt,
-    /// What of the cell was written here.
-    changed: Vec<(u32, u32)>,
 }
 
 impl Built {
     pub fn without_bytes(&self) -> Self {
-        Self { data: self.data.clone(), bytes: Bytes::new(), changed: Vec::new(), ..*self }
+        Self { data: self.data.clone(), bytes: Bytes::new(), ..*self }
     }
 }
 
@@ -272,7 +270,6 @@ impl Shared {
                 start: done.start,
                 data: done.data.clone(),
                 copies: done.copies,
-                changed: done.changed.clone(),
             };
             let op = Op::Write {
                 ino,
@@ -356,8 +353,7 @@ impl Shared {
                 Composed::Ready { expect, base, copies, size, bytes } => {
                     let (start, bytes) = trim(bytes);
                     let whole_file = cell == 0 && size.max(size_at_least) <= INLINE_BYTES_MAX as u64;
-                    let changed = changed_in(&inode.entry.view().flushing(cell));
-                    let mut done = Built { cell, expect, start, data: None, bytes, base, copies, put_at: PutAt::now(), changed };
+                    let mut done = Built { cell, expect, start, data: None, bytes, base, copies, put_at: PutAt::now() };
                     if done.bytes.is_empty() {
                         done.start = 0;
                     } else if whole_file {
@@ -416,15 +412,6 @@ impl Shared {
             }
         }
     }
-}
-
-/// As a command names them: few, and rather more than less.
-fn changed_in(ranges: &[std::ops::Range<u64>]) -> Vec<(u32, u32)> {
-    let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return Vec::new() };
-    if ranges.len() > CHANGED_RANGES_MAX {
-        return vec![(first.start as u32, last.end as u32)];
-    }
-    ranges.iter().map(|range| (range.start as u32, range.end as u32)).collect()
 }
 
 /// Leaves out leading zeros (whole pages) and trailing zeros: outside its data a cell is zero.

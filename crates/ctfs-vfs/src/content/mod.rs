@@ -35,7 +35,6 @@ mod room;
 mod sharing;
 #[cfg(test)]
 mod tests;
-mod untold;
 mod write;
 
 use std::{

@@ -31,12 +31,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
-use super::{
-    Inode, Shared, attr_of,
-    flush::Cut,
-    untold::Untold,
-    write::{Place, within},
-};
+use super::{Inode, Shared, attr_of, flush::Cut, write::{Place, within}};
 use crate::{FsError, vfs::KernelCache};
 
 /// How long one call to an owner may take. It may have to flush much first.
@@ -62,14 +57,12 @@ pub enum Pages {
     Unlocked,
 }
 
-/// What this server and its kernel's pages must know of each other: requests that hold pages and wait
-/// for the cluster, by file (the notifier must not let others wait for those pages: what is waited for
-/// here may be waiting for it), and what pages may be written back without.
+/// Requests that hold pages and wait for the cluster, by file. The notifier must not let others wait
+/// for those pages: what is waited for here may be waiting for it.
 #[derive(Default)]
 pub struct PageWaits {
     counts: Mutex<HashMap<Ino, u32>>,
     kernel: Mutex<Option<Arc<dyn KernelCache>>>,
-    pub(crate) untold: Untold,
 }
 
 impl PageWaits {
@@ -367,11 +360,7 @@ impl Shared {
             if data.is_empty() {
                 return Ok(at);
             }
-            let written = match place {
-                Place::Within(_) => self.write_page(inode, at, &data, drop_privileges).await,
-                _ => self.write_piece(inode, Place::At(at), &data, drop_privileges).await,
-            };
-            let written = match written {
+            let written = match self.write_piece(inode, Place::At(at), &data, drop_privileges).await {
                 Ok(_) => self.flush_placed(inode, &mut turn, Cut::Everything, if_size).await,
                 Err(error) => Err(error),
             };

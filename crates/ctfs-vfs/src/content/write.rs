@@ -100,9 +100,6 @@ impl Shared {
                 (place, None) => place,
             };
             let written = match mode {
-                WriteMode::Buffer if let Place::Within(offset) = place => {
-                    self.write_page(inode, offset, &piece, drop_privileges).await
-                }
                 WriteMode::Buffer => self.write_piece(inode, place, &piece, drop_privileges).await,
                 WriteMode::Through => self.write_through(inode, place, &piece, drop_privileges, pages).await,
             };
@@ -117,21 +114,6 @@ impl Shared {
                 return Ok((at.unwrap_or(0), done as u32));
             }
         }
-    }
-
-    /// Writes back pages of a mapping, without what changed elsewhere since the kernel read them.
-    pub(super) async fn write_page(
-        &self,
-        inode: &Arc<Inode>,
-        offset: u64,
-        data: &[u8],
-        drop_privileges: bool,
-    ) -> Result<u64, FsError> {
-        for part in self.waits.untold.rest(inode.ino, offset..offset + data.len() as u64) {
-            let bytes = &data[(part.start - offset) as usize..(part.end - offset) as usize];
-            self.write_piece(inode, Place::Within(part.start), bytes, drop_privileges).await?;
-        }
-        Ok(offset)
     }
 
     /// Writes bytes, waiting for room if there is none. The caller has entered the gate.

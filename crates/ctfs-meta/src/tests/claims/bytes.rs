@@ -7,7 +7,7 @@ const ROOT: Ino = Ino::ROOT;
 const CELL: u64 = 1 << 20;
 
 fn cell(cell: u64, expect: LogIndex, data: Option<ctfs_types::ExtentData>) -> CellWrite {
-    CellWrite { cell, expect, start: 0, data, copies: 0, changed: vec![] }
+    CellWrite { cell, expect, start: 0, data, copies: 0 }
 }
 
 const HOLE: LogIndex = LogIndex(0);

@@ -73,7 +73,7 @@ fn a_writer_that_merged_over_a_dead_cell_is_told() {
     let (mut volume, ino) = long_file();
     let seen = volume.stamp(ino, 9);
     volume.truncate(ino, 0).unwrap();
-    let late = crate::CellWrite { cell: 9, expect: seen, start: 0, data: Some(inline(b"late")), copies: 0, changed: vec![] };
+    let late = crate::CellWrite { cell: 9, expect: seen, start: 0, data: Some(inline(b"late")), copies: 0 };
     let op = super::super::harness::write_op(ino, vec![late], 10 * CELL);
     assert_eq!(volume.run(op), Err(MetaError::CellChanged { ino, cell: 9 }));
 }
@@ -141,7 +141,7 @@ fn in_one_entry_what_is_written_before_a_cut_goes_and_what_is_written_after_it_s
     let (mut volume, ino) = long_file();
     let write = |cell: u64, expect, n| {
         let data = Some(chunk(n, 4096));
-        let write = crate::CellWrite { cell, expect, start: 0, data, copies: 0, changed: vec![] };
+        let write = crate::CellWrite { cell, expect, start: 0, data, copies: 0 };
         super::super::harness::write_op(ino, vec![write], 10 * CELL)
     };
     let truncate = Op::SetAttr { ino, set: crate::SetAttr { size: Some(0), ..Default::default() } };

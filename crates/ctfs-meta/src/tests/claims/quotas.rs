@@ -209,7 +209,7 @@ fn a_command_is_judged_as_a_whole() {
     let dir = limited(&mut volume, "d", Some(8192), None);
     let file = volume.file(dir, "f");
     volume.write(file, 1, chunk(1, 8192)).unwrap();
-    let cell = |cell, data, expect| CellWrite { cell, expect, start: 0, data, copies: 0, changed: vec![] };
+    let cell = |cell, data, expect| CellWrite { cell, expect, start: 0, data, copies: 0 };
     let cells = vec![cell(0, Some(chunk(2, 8192)), volume.stamp(file, 0)), cell(1, None, volume.stamp(file, 1))];
     volume.ok(write_op(file, cells, CELL));
 }

@@ -147,7 +147,7 @@ impl Cluster {
         let old = self.namespace.read().cells(ino, cell, 1).unwrap().pop();
         let data = ExtentData::Chunk { id: ChunkId(*blake3::hash(&bytes).as_bytes()), len: bytes.len() as u32 };
         let expect = old.map_or(LogIndex(0), |old| old.extent.stamp);
-        let write = CellWrite { cell, expect, start: 0, data: Some(data), copies: 0, changed: vec![] };
+        let write = CellWrite { cell, expect, start: 0, data: Some(data), copies: 0 };
         self.chunks.lock().insert(ChunkId(*blake3::hash(&bytes).as_bytes()), bytes);
         self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false, appends_at: None }).unwrap();
     }

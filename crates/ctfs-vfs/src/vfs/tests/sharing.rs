@@ -142,33 +142,6 @@ async fn a_mapping_that_is_written_back_late_makes_no_file_longer() {
     }
 }
 
-/// The kernel writes back whole pages, with what they held before the others wrote.
-#[tokio::test]
-async fn a_page_written_back_late_takes_back_nothing_that_others_wrote() {
-    let world = World::new(2);
-    let (attr, mapped) = world.vfs(0).create(Caller::ROOT, ROOT, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
-    let ino = attr.ino;
-    write(world.vfs(0), ino, mapped.handle, 0, &[b'a'; 8192]).await;
-    let there = open(world.vfs(1), ino, libc::O_RDWR).await;
-    for at in [100, 4200, 5000] {
-        write(world.vfs(1), ino, there, at, b"theirs").await;
-        world.vfs(0).pages_are_late(ino, at..at + 6);
-    }
-    let mut page = vec![b'a'; 4096];
-    page[300..304].copy_from_slice(b"mine");
-    write_back(world.vfs(0), ino, mapped.handle, 4096, &page).await;
-    let mut wanted = vec![b'a'; 8192];
-    for at in [100, 4200, 5000] {
-        wanted[at..at + 6].copy_from_slice(b"theirs");
-    }
-    wanted[4396..4400].copy_from_slice(b"mine");
-    assert!(content(world.vfs(1), ino).await == wanted);
-    world.vfs(0).pages_were_told(Some((ino, 4200..4206)));
-    write_back(world.vfs(0), ino, mapped.handle, 4096, &page).await;
-    wanted[4200..4206].fill(b'a');
-    assert!(content(world.vfs(1), ino).await == wanted, "read after the change, and stored on purpose");
-}
-
 #[tokio::test]
 async fn a_copy_from_a_file_being_written_has_every_completed_write() {
     let world = World::new(2);
