@@ -395,7 +395,7 @@ impl Filesystem for Bridge {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -413,8 +413,11 @@ impl Filesystem for Bridge {
             if !from_cache {
                 let written = *result.as_ref().unwrap_or(&0);
                 // Asynchronous ones the kernel takes for failed when they are short.
-                if (written as usize) < wanted {
-                    failed.add(fh.0, thread, before.unwrap_or_default());
+                if (written as usize) < wanted
+                    && let Some(before) = before
+                    && (flags.0 & libc::O_DIRECT != 0 || vfs.is_direct(ino(number), handle(fh)))
+                {
+                    failed.add(fh.0, thread, before);
                 }
                 if written > 0 {
                     caches.wrote(ino(number), offset.saturating_add(written.into()));

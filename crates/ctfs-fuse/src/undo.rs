@@ -38,7 +38,9 @@ impl FailedWrites {
         if marks.len() >= MARKS_MAX {
             marks.clear();
         }
-        marks.insert((handle, thread), before);
+        // A write in pieces: the kernel's size is the one before the first.
+        let mark = marks.entry((handle, thread)).or_insert(before);
+        mark.grown = mark.grown.min(before.grown);
     }
 
     /// Whether a truncate may be the kernel's own. The thread's next one is not.

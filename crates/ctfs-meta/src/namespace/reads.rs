@@ -136,8 +136,7 @@ impl Namespace {
         Ok(found)
     }
 
-    /// First lock that `lock` would have to wait for: one that is held, else one that was waited
-    /// for earlier.
+    /// The first lock held that excludes `lock`.
     pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
         let held: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
         Ok(locks::blockers(&held, &[], lock).next().cloned())

@@ -32,6 +32,17 @@ pub(super) enum Cut {
     WholeCells,
 }
 
+/// What a flush does to the size of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Growth {
+    /// It grows as far as was written.
+    Free,
+    /// An append: as above, and refused when the size is not this one.
+    From(u64),
+    /// Nothing; what is past the end is cut off.
+    Never,
+}
+
 /// What is pending of the attributes when a flush begins.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pending {
@@ -39,8 +50,7 @@ pub(super) struct Pending {
     mtime: Option<Timestamp>,
     drops_wanted: u64,
     drop_privileges: bool,
-    /// The size at which an append was placed.
-    appends_at: Option<u64>,
+    growth: Growth,
 }
 
 /// A cell ready to be committed.
@@ -104,7 +114,7 @@ impl Shared {
     ///
     /// What becomes dirty meanwhile is left for the next one, so a busy writer cannot keep it going.
     pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
-        match self.flush_placed(inode, turn, cut, None).await {
+        match self.flush_placed(inode, turn, cut, Growth::Free).await {
             Err(refusal) if refusal.is_over_quota() => self.flush_over_quota(inode, turn, cut, refusal).await,
             flushed => flushed,
         }
@@ -115,7 +125,7 @@ impl Shared {
     async fn flush_over_quota(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut, refusal: FsError) -> Result<(), FsError> {
         let (ino, grid) = (inode.ino, inode.entry.cell_size());
         // The file does not grow by bytes that are dropped.
-        let pending = Pending { size: None, ..self.pending(inode, None) };
+        let pending = Pending { size: None, ..self.pending(inode, Growth::Free) };
         let mut dropped = 0u64;
         for cell in inode.entry.dirty_cells(cut == Cut::WholeCells) {
             match self.flush_batch(inode, turn, &[cell], pending).await {
@@ -137,7 +147,7 @@ impl Shared {
             }
         }
         // The times, and what was written meanwhile.
-        self.flush_placed(inode, turn, cut, None).await?;
+        self.flush_placed(inode, turn, cut, Growth::Free).await?;
         if dropped == 0 {
             return Ok(());
         }
@@ -145,30 +155,30 @@ impl Shared {
         Err(refusal)
     }
 
-    fn pending(&self, inode: &Inode, appends_at: Option<u64>) -> Pending {
+    fn pending(&self, inode: &Inode, growth: Growth) -> Pending {
         let local = inode.local.lock();
         Pending {
             size: local.size,
             mtime: local.mtime,
             drops_wanted: local.drops_wanted,
             drop_privileges: local.drop_is_pending(),
-            appends_at,
+            growth,
         }
     }
 
-    /// As [`Self::flush_locked`], of one append: refused when the file's size is not `appends_at`.
+    /// As [`Self::flush_locked`], with a say in the size.
     pub(super) async fn flush_placed(
         &self,
         inode: &Arc<Inode>,
         turn: &mut Turn,
         cut: Cut,
-        appends_at: Option<u64>,
+        growth: Growth,
     ) -> Result<(), FsError> {
         self.end_doubt(inode, turn).await?;
         // A flush whose caller went away left its ranges behind.
         inode.entry.abandon_flush();
         let lost = self.take_lost(inode);
-        let flushed = self.flush_cells(inode, turn, cut, appends_at).await;
+        let flushed = self.flush_cells(inode, turn, cut, growth).await;
         if turn.is_none() {
             inode.entry.abandon_flush();
         }
@@ -214,10 +224,10 @@ impl Shared {
         inode: &Arc<Inode>,
         turn: &mut Turn,
         cut: Cut,
-        appends_at: Option<u64>,
+        growth: Growth,
     ) -> Result<(), FsError> {
         // The attributes first: what is written from here on belongs to the next flush.
-        let pending = self.pending(inode, appends_at);
+        let pending = self.pending(inode, growth);
         let cells = inode.entry.dirty_cells(cut == Cut::WholeCells);
         let batch = (BATCH_BYTES / inode.entry.cell_size().bytes()).clamp(1, BATCH_CELLS) as usize;
         let batches = cells.chunks(batch);
@@ -251,7 +261,7 @@ impl Shared {
             let view = inode.entry.view();
             cells.iter().filter_map(|&cell| Some(grid.start_of(cell) + view.flushing_end(cell)?)).max()
         };
-        let size_at_least = end.max(pending.size).unwrap_or(0);
+        let size_at_least = end.max(pending.size).filter(|_| pending.growth != Growth::Never).unwrap_or(0);
 
         let mut built: Vec<Built> = Vec::with_capacity(cells.len());
         for _ in 0..MERGE_TRIES {
@@ -277,7 +287,10 @@ impl Shared {
                 size_at_least,
                 mtime: Some(self.mtime_to_commit(ino, pending.mtime)?),
                 drop_privileges: pending.drop_privileges,
-                appends_at: pending.appends_at,
+                appends_at: match pending.growth {
+                    Growth::From(size) => Some(size),
+                    Growth::Free | Growth::Never => None,
+                },
             };
             match self.propose_flush(inode, turn, op, (&built, pending)).await {
                 Ok(Reply::Written { attr, .. }) => {

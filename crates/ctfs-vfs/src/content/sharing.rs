@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
-use super::{Inode, Shared, attr_of, flush::Cut, write::{Place, within}};
+use super::{Inode, Shared, attr_of, flush::{Cut, Growth}, write::{Place, within}};
 use crate::{FsError, vfs::KernelCache};
 
 /// How long one call to an owner may take. It may have to flush much first.
@@ -346,22 +346,24 @@ impl Shared {
         let mut turn = inode.flushing.lock().await;
         loop {
             let size = || Ok::<_, FsError>(attr_of(&self.meta.replica().read(), ino)?.size);
-            let (at, data, if_size) = match place {
-                Place::At(offset) => (offset, data.clone(), None),
+            let (at, data, growth) = match place {
+                Place::At(offset) => (offset, data.clone(), Growth::Free),
                 Place::End => {
                     let size = size()?;
-                    (size, data.clone(), Some(size))
+                    (size, data.clone(), Growth::From(size))
                 }
-                Place::Within(offset) => {
-                    let size = size()?;
-                    (offset, data.slice(..within(size, offset, data.len())), Some(size))
-                }
+                Place::Within(offset) => (offset, data.slice(..within(size()?, offset, data.len())), Growth::Never),
             };
             if data.is_empty() {
                 return Ok(at);
             }
             let written = match self.write_piece(inode, Place::At(at), &data, drop_privileges).await {
-                Ok(_) => self.flush_placed(inode, &mut turn, Cut::Everything, if_size).await,
+                Ok(_) => {
+                    if growth == Growth::Never {
+                        inode.local.lock().size = None;
+                    }
+                    self.flush_placed(inode, &mut turn, Cut::Everything, growth).await
+                }
                 Err(error) => Err(error),
             };
             let Err(error) = written else { return Ok(at) };

@@ -101,6 +101,11 @@ impl Vfs {
         self.content.read(ino, offset, len, pages(mode)).await
     }
 
+    /// Whether the kernel's page cache is bypassed through this handle.
+    pub fn is_direct(&self, ino: Ino, handle: HandleId) -> bool {
+        self.handles.mode(handle, ino).is_ok_and(|mode| mode.direct)
+    }
+
     /// Writes `data` and answers how much of it: less than all where room ended. `drop_privileges`:
     /// the kernel says that the writer may not keep setuid and setgid bits. `from_cache`: these are
     /// pages of a mapping that the kernel writes back, so the offset holds whatever the handle was

@@ -9,7 +9,11 @@
 //! interface in use drops the bit that tells them apart. So flock and fcntl locks of one file
 //! exclude each other, also within one program, as they do over NFS.
 
-use std::{collections::BTreeSet, future::ready, time::Instant};
+use std::{
+    collections::BTreeSet,
+    future::ready,
+    time::{Duration, Instant},
+};
 
 use ctfs_meta::{Lock, LockKind, LockOwner, MetaError, Namespace, Op, Reply};
 use ctfs_types::Ino;
@@ -26,6 +30,8 @@ use crate::{
     waiters::{Fate, Place},
 };
 
+/// How long a lock call that does not wait looks on while closed handles of the file are released.
+const LEAVING_PATIENCE: Duration = Duration::from_secs(1);
 /// Largest end offset the kernel sends; it means "to the end of the file" (`OFFSET_MAX`).
 const KERNEL_END: u64 = i64::MAX as u64;
 
@@ -160,7 +166,7 @@ impl Vfs {
     /// Whether a lock in the way may have been that of a closed handle; it is given back, if so.
     async fn may_be_leaving(&self, ino: Ino, holder: Option<&Lock>) -> bool {
         let here = holder.is_some_and(|holder| holder.owner.node == self.meta.node());
-        here && timeout(self.settings.lock_patience, self.leavings.wait(ino)).await.unwrap_or(true)
+        here && timeout(LEAVING_PATIENCE, self.leavings.wait(ino)).await.unwrap_or(true)
     }
 
     /// Sleeps until the lock is granted or there is a reason to wait no longer.
@@ -192,8 +198,7 @@ impl Vfs {
             if (self.settings.interrupted)(thread) {
                 break FsError::Interrupted;
             }
-            if !lock.exclusive && Instant::now() >= overtakes_at {
-                self.overtake(ino, &lock, &place);
+            if !lock.exclusive && self.overtakes(ino, &lock, &place, overtakes_at) {
                 overtakes_at = Instant::now() + self.settings.reader_patience;
             }
             tokio::select! {
@@ -205,11 +210,15 @@ impl Vfs {
         self.leave_queue(ino, lock, had, place, why).await
     }
 
-    /// Has a reader let past waiting writers, if they alone keep it out: the program that holds the
-    /// lock may wait for this one. What comes of it the place hears.
-    fn overtake(&self, ino: Ino, lock: &Lock, place: &Place) {
+    /// Has a reader let past waiting writers when they alone have kept it out until `due`: the
+    /// program that holds the lock may wait for this one. What comes of it the place hears. Whether
+    /// the time starts anew.
+    fn overtakes(&self, ino: Ino, lock: &Lock, place: &Place, due: Instant) -> bool {
         if !matches!(self.meta.replica().read().conflicting_lock(ino, lock), Ok(None)) {
-            return;
+            return true;
+        }
+        if Instant::now() < due {
+            return false;
         }
         let (meta, op) = (self.meta.clone(), Op::Overtake { ino, owner: lock.owner, ticket: place.ticket });
         tokio::spawn(async move {
@@ -217,6 +226,7 @@ impl Vfs {
                 tracing::debug!(%ino, %error, "a reader was not let past");
             }
         });
+        true
     }
 
     /// The entry that granted the lock is applied here. What came before it may still be on its way
