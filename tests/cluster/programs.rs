@@ -22,11 +22,14 @@ fn sqlite_git_and_fio_run_on_the_mount() {
     assert_eq!(elsewhere, "ok\n1500\n");
 
     let source = tempfile::tempdir_in("/var/tmp").unwrap();
-    cluster.sh(1, &format!(
+    let files = setting("CTFS_TEST_REPO", 60);
+    run(Duration::from_secs(120 + files / 10), &format!(
         r#"cd {source}; git init -q origin; cd origin; git config user.email t@example.com; git config user.name t
-        for i in $(seq 60); do echo "file $i" > f$i; done; git add .; git commit -qm one; echo more >> f1; git commit -qam two
-        git clone -q {source}/origin "$MNT/clone"; git -C "$MNT/clone" fsck --strict --no-progress; git -C "$MNT/clone" log --oneline | wc -l"#,
-        source = source.path().display()
+        for i in $(seq {files}); do mkdir -p d$((i % 100)); echo "file $i" > d$((i % 100))/f$i; done
+        git add .; git commit -qm one; echo more >> d1/f1; git commit -qam two
+        git clone -q {source}/origin {clone}; git -C {clone} fsck --strict --no-progress"#,
+        source = source.path().display(),
+        clone = cluster.mnt(1).join("clone").display(),
     ));
     let status = cluster.sh(3, r#"git config --global --add safe.directory '*'; git -C "$MNT/clone" status --porcelain; git -C "$MNT/clone" log --oneline | wc -l"#);
     assert_eq!(status.trim(), "2");
