@@ -119,8 +119,7 @@ impl Replies {
         };
         let timeout = self.vfs.cache_timeout();
         let permits = self.caches.permits(timeout);
-        self.caches.looked_up(attr.ino);
-        self.caches.told_size(attr.ino, attr.size);
+        self.caches.looked_up(attr.ino, attr.size);
         reply.entry_with_ttls(&self.attr_timeout(&permits, &attr), &permits.entry(parent), &file_attr(&attr), generation(&attr));
         drop(permits);
         self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
@@ -356,8 +355,7 @@ impl Filesystem for Bridge {
             };
             let timeout = replies.vfs.cache_timeout();
             let permits = replies.caches.permits(timeout);
-            replies.caches.looked_up(attr.ino);
-            replies.caches.told_size(attr.ino, attr.size);
+            replies.caches.looked_up(attr.ino, attr.size);
             // One timeout serves for both here.
             let both = replies.attr_timeout(&permits, &attr).min(permits.entry(parent));
             let handle = FileHandle(opened.handle.0);
@@ -514,8 +512,7 @@ impl Filesystem for Bridge {
                 }
                 // The kernel counts no lookup for these two.
                 if line.name != b"." && line.name != b".." {
-                    replies.caches.looked_up(attr.ino);
-                    replies.caches.told_size(attr.ino, attr.size);
+                    replies.caches.looked_up(attr.ino, attr.size);
                     told.push(Change::Attr { ino: attr.ino });
                 }
             }

@@ -148,8 +148,11 @@ impl Caches {
     }
 
     /// The kernel is about to learn of `ino` once more.
-    pub fn looked_up(&self, ino: Ino) {
-        self.shard(ino).lock().entry(ino).or_default().lookups += 1;
+    pub fn looked_up(&self, ino: Ino, size: u64) {
+        let mut known = self.shard(ino).lock();
+        let one = known.entry(ino).or_default();
+        one.lookups += 1;
+        one.size = KernelSize { told: size, grown: size };
     }
 
     /// The kernel is told, or was, that a file has this size.
@@ -228,8 +231,8 @@ mod tests {
     #[test]
     fn an_inode_is_known_until_every_lookup_is_forgotten() {
         let caches = Caches::default();
-        caches.looked_up(Ino(9));
-        caches.looked_up(Ino(9));
+        caches.looked_up(Ino(9), 0);
+        caches.looked_up(Ino(9), 0);
         caches.forgotten(Ino(9), 1);
         assert!(caches.is_known(Ino(9)));
         caches.forgotten(Ino(9), 1);

@@ -71,7 +71,8 @@ impl From<IdentityError> for NetError {
 /// Why a text is not a usable join token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    #[error("this is not a join token: one starts with \"ctfs1-\"")]
+    /// The cause alone; whoever shows it says first that this is not a join token.
+    #[error("one starts with \"ctfs1-\"")]
     NotAToken,
     #[error("the join token was mistyped or cut off; copy the whole line")]
     Mistyped,

@@ -214,7 +214,7 @@ impl Problem {
 
     pub fn token_mistyped(why: &str) -> Self {
         Self::new(Code::TokenMistyped, "this is not a join token")
-            .why(why.trim_start_matches("this is not a join token: "))
+            .why(why)
             .try_next("copy the whole line that `ctfs token` prints; a token begins with ctfs1-")
     }
 

@@ -195,7 +195,7 @@ impl Shared {
             other => other,
         };
         let mut local = inode.local.lock();
-        if !self.is_clean(inode, &mut local) && flushed.is_ok() {
+        if !self.rest_if_clean(inode, &mut local) && flushed.is_ok() {
             local.since = Some(Instant::now());
         }
         drop(local);

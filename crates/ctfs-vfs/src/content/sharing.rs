@@ -383,7 +383,7 @@ impl Shared {
         let mut local = inode.local.lock();
         (local.size, local.mtime) = (None, None);
         local.drops_committed = local.drops_wanted;
-        self.is_clean(inode, &mut local);
+        self.rest_if_clean(inode, &mut local);
     }
 }
 

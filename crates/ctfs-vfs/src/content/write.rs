@@ -201,8 +201,8 @@ impl Shared {
         }
     }
 
-    /// Whether nothing is left to be flushed; the background need not look after it then.
-    pub(super) fn is_clean(&self, inode: &Inode, local: &mut Local) -> bool {
+    /// Has the background look after it no more if nothing is left to be flushed; answers whether so.
+    pub(super) fn rest_if_clean(&self, inode: &Inode, local: &mut Local) -> bool {
         if local.in_doubt {
             // The background has to find out.
             return false;
