@@ -3,6 +3,7 @@
 
     trees.py DIR --prepare                     makes DIR/tree.tar and DIR/tree.git, 5,000 files each
     trees.py DIR --from PREPARED [--bound S]   tar x, find, rm -rf and git clone in DIR, which is empty
+    trees.py DIR --unpack PREPARED [--bound S] only tar x
     trees.py DIR --make N [--a-directory M]    only makes N small files, by eight processes; stops
                                                after --bound S; prints how many there are then
     trees.py DIR --walk find|du                how long it takes
@@ -75,7 +76,7 @@ def rate(command, bound, done):
     return done() / took
 
 
-def run(jobs, directory, prepared, bound):
+def run(jobs, directory, prepared, bound, only=False):
     tree, clone = os.path.join(directory, "tree"), os.path.join(directory, "clone")
     at_most = 2 * bound + 60
     unpacked = 0
@@ -87,6 +88,8 @@ def run(jobs, directory, prepared, bound):
         return value
 
     jobs.run("tar x", "files/s", unpack, at_most)
+    if only:
+        return
     jobs.run("find", "files/s", lambda: rate(["find", tree, "-type", "f", "-size", "+0"], bound, lambda: unpacked), at_most)
     jobs.run("rm -rf", "files/s", lambda: rate(["rm", "-rf", tree], bound, lambda: unpacked - count(tree)), at_most)
     cloned = ["git", "clone", "--quiet", "--no-hardlinks", f"{prepared}/tree.git", clone]
@@ -146,6 +149,7 @@ arguments = parser(__doc__)
 arguments.add_argument("directory")
 arguments.add_argument("--prepare", action="store_true")
 arguments.add_argument("--from", dest="prepared")
+arguments.add_argument("--unpack", metavar="PREPARED")
 arguments.add_argument("--bound", type=float, default=60)
 arguments.add_argument("--make", type=int)
 arguments.add_argument("--a-directory", type=int, default=100)
@@ -157,6 +161,8 @@ elif args.make is not None:
     make(args.directory, args.make, args.a_directory, args.bound)
 elif args.walk:
     jobs_of(args).run(f"first {args.walk}", "s", lambda: walk(args.walk, args.directory), args.bound)
+elif args.unpack:
+    run(jobs_of(args), args.directory, args.unpack, args.bound, only=True)
 elif args.prepared:
     run(jobs_of(args), args.directory, args.prepared, args.bound)
 else:

@@ -3,11 +3,13 @@
 //! Each test starts its own cluster through `scripts/cluster` and takes it down again, also when
 //! the test is killed: see [`support::Cluster`]. They need root.
 
+mod coherence;
 mod data;
 mod databases;
 mod directories;
 mod faults;
 mod fidelity;
+mod held;
 mod input;
 mod members;
 mod model;
@@ -18,3 +20,4 @@ mod sharing;
 mod support;
 mod tools;
 mod tree;
+mod wan;

@@ -17,6 +17,8 @@ pub struct Cluster {
     dir: PathBuf,
     up_args: String,
     zones: String,
+    /// Round trip of a long line, if the servers shall have one.
+    rtt: Option<String>,
     /// Takes the cluster down when its standard input ends, which is also when this process is killed.
     janitor: Child,
 }
@@ -31,8 +33,19 @@ impl Cluster {
         Self::start_in(test, servers, up_args, zones, Path::new(&format!("/var/tmp/ctfs-cluster-t-{test}")))
     }
 
+    /// Starts servers that are `rtt` apart.
+    pub fn start_apart(test: &str, servers: usize, rtt: &str) -> Self {
+        build_the_line();
+        let dir = format!("/var/tmp/ctfs-cluster-t-{test}");
+        Self::begin(test, servers, "--cache-size 256MiB", "", Path::new(&dir), Some(rtt.to_owned()))
+    }
+
     /// Starts a cluster whose state lies in `dir`.
     pub fn start_in(test: &str, servers: usize, up_args: &str, zones: &str, dir: &Path) -> Self {
+        Self::begin(test, servers, up_args, zones, dir, None)
+    }
+
+    fn begin(test: &str, servers: usize, up_args: &str, zones: &str, dir: &Path, rtt: Option<String>) -> Self {
         let (name, dir) = (format!("t-{test}"), dir.to_owned());
         let script = format!("{REPO}/scripts/cluster");
         let janitor = Command::new("setsid")
@@ -45,7 +58,7 @@ impl Cluster {
             .stderr(Stdio::null())
             .spawn()
             .expect("start the janitor");
-        let cluster = Self { name, dir, up_args: up_args.to_owned(), zones: zones.to_owned(), janitor };
+        let cluster = Self { name, dir, up_args: up_args.to_owned(), zones: zones.to_owned(), rtt, janitor };
         cluster.script(&["down"]);
         cluster.script(&["up", &servers.to_string()]);
         cluster
@@ -62,6 +75,7 @@ impl Cluster {
             .env("CTFS_BIN", CTFS)
             .env("CTFS_UP_ARGS", &self.up_args)
             .env("CTFS_ZONES", &self.zones)
+            .envs(self.rtt.iter().map(|rtt| ("CTFS_RTT", rtt)))
             .stdin(Stdio::null());
         command
     }
@@ -170,6 +184,19 @@ impl Drop for Cluster {
             eprintln!("the janitor of {} is lost: {error}", self.name);
         }
     }
+}
+
+/// `cargo test -p ctfs` builds the program and not the long line, which is another crate's.
+fn build_the_line() {
+    let line = Path::new(CTFS).with_file_name("ctfs-wan");
+    let target = Path::new(CTFS).ancestors().nth(2).expect("the program is in TARGET/PROFILE");
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--locked", "-p", "ctfs-wan", "--target-dir"])
+        .arg(target)
+        .current_dir(REPO)
+        .status()
+        .expect("run cargo");
+    assert!(status.success() && line.exists(), "{} is not there", line.display());
 }
 
 pub fn text(bytes: &[u8]) -> String {

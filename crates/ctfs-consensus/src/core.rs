@@ -29,7 +29,9 @@ use crate::{
     proposer::Ticket,
     raft_types::{TypeConfig, log_index, log_index_of, node_id, raft_node},
     relay::Relay,
-    settings::Settings,
+    settings::{Settings, Timings},
+    stream::Stream,
+    unseen::Unseen,
 };
 
 /// Pause after a call that failed at once, unless the leader changes before.
@@ -96,6 +98,8 @@ pub(crate) struct Core {
     pub me: NodeId,
     /// Which life of this server; see [`Self::incarnation`].
     pub life: AtomicU64,
+    /// Microseconds of the slowest round trip measured in this life.
+    pub rtt: AtomicU64,
     pub health: Health,
     pub raft: Raft<TypeConfig>,
     pub replica: SharedNamespace,
@@ -108,12 +112,13 @@ pub(crate) struct Core {
     pub leader_watch: watch::Sender<Option<NodeId>>,
     /// Never goes back.
     pub visible: watch::Sender<LogIndex>,
+    pub unseen: Arc<Unseen>,
     pub committed: AtomicU64,
     /// There while this server leads.
     pub ledger: Mutex<Option<Ledger>>,
     /// Members that said last that their disk is short of room.
     pub short_of_room: Mutex<BTreeSet<NodeId>>,
-    pub lease: Mutex<Option<Lease>>,
+    pub lease: watch::Sender<Option<Lease>>,
     /// The highest index a reader here waits to become visible.
     pub wanted: watch::Sender<LogIndex>,
     pub readers: mpsc::Sender<oneshot::Sender<Result<LogIndex, ProposeError>>>,
@@ -124,6 +129,8 @@ pub(crate) struct Core {
     /// One permit for each command that waits for its answer.
     pub places: Arc<Semaphore>,
     pub numbers: Mutex<Numbers>,
+    /// What happened here before it is in the log.
+    pub stream: Stream,
     /// One change of membership at a time.
     pub changing: tokio::sync::Mutex<()>,
 }
@@ -132,6 +139,13 @@ impl Core {
     /// The present life of this server: the client of its commands.
     pub fn incarnation(&self) -> Incarnation {
         Incarnation(self.life.load(Ordering::Relaxed))
+    }
+
+    /// A lease is renewed at least this often: by what this life was started with, and earlier when
+    /// the others turn out to be further away.
+    pub fn renew_every(&self) -> Duration {
+        let measured = Duration::from_micros(self.rtt.load(Ordering::Relaxed));
+        self.settings.timings.renew.min(Timings::for_rtt(measured).renew)
     }
 
     /// Learns from openraft who leads and who belongs to the cluster.
@@ -163,7 +177,7 @@ impl Core {
             first
         });
         *self.ledger.lock() = None;
-        *self.lease.lock() = None;
+        self.lease.send_replace(None);
         publish(&self.leader_watch, None);
     }
 
@@ -238,6 +252,7 @@ impl Core {
         self.visible.send_if_modified(|visible| {
             let news = index > *visible;
             *visible = index.max(*visible);
+            self.unseen.visible(*visible);
             news
         });
     }

@@ -75,7 +75,7 @@ fn snapshot() -> Vec<u8> {
 fn on_disk() -> Vec<(&'static str, Vec<u8>)> {
     let mut records = log::golden::records();
     for (name, entry) in ["blank", "commands", "membership"].into_iter().zip(entries()) {
-        records.push((name, codec::encode(1, &entry)));
+        records.push((name, codec::encode(log::ENTRY_VERSION, &entry)));
     }
     records.push(("snapshot", snapshot()));
     records.push(("value in sled", sled_store::seal_value(b"key", b"value")));
@@ -91,7 +91,7 @@ fn ok(response: impl serde::Serialize) -> Vec<u8> {
 }
 
 fn messages() -> Vec<(&'static str, Vec<u8>)> {
-    let answer = Answer { index: LogIndex(400), verdict: Ok(Reply::Done) };
+    let answer = Answer { index: LogIndex(400), verdicts: vec![Ok(Reply::Done)] };
     let answers = vec![Fate::Answered(answer), Fate::Unsure, Fate::NoSpace];
     let grant = Grant { usable: SECOND, from: LogIndex(8) };
     let append = AppendEntriesRequest::<TypeConfig> {
@@ -117,7 +117,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("voted", ok(VoteResponse::new(Vote::<u64>::new(5, 6), Some(id(14)), true))),
         ("install snapshot", messages::encode(&install)),
         ("installed snapshot", ok(InstallSnapshotResponse { vote: Vote::<u64>::new(5, 6) })),
-        ("forward", messages::encode(&Forward { patience: SECOND, commands: vec![command()] })),
+        ("forward", messages::encode(&Forward { patience: SECOND, together: vec![vec![command()]] })),
         ("forwarded to no leader", messages::encode(&Forwarded::NotLeader)),
         ("forwarded", messages::encode(&Forwarded::Answers(answers))),
         ("renew", messages::encode(&Renew { incarnation: Incarnation(7), acked: LogIndex(300), short_of_room: true })),
@@ -137,7 +137,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_1() {
+fn the_encoded_bytes_are_those_of_version_2() {
     let hex = |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() };
     let records = on_disk().into_iter().chain(messages());
     let text: String = records.map(|(name, bytes)| format!("{name}: {}\n", hex(&bytes))).collect();

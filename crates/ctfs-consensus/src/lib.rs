@@ -8,9 +8,10 @@
 //! Beside both: [`health`] (a disk that failed, a disk that is full).
 //!
 //! The running server reads in this order: [`runtime`] (what the rest of the program holds),
-//! `core` (what its tasks share), `proposer` (commands on their way into the log), `visibility`
+//! `core` (what its tasks share), `proposer` (commands on their way into the log), `stream` (those that happened here first), `replay` (those of an earlier life), `visibility`
 //! and `ledger` (leases and reads), [`network`] (between servers), `membership`, [`status`].
 
+mod answer_time;
 mod boottime;
 mod core;
 mod durable;
@@ -28,6 +29,7 @@ pub mod observer;
 mod proposer;
 pub mod raft_types;
 mod relay;
+mod replay;
 pub mod runtime;
 pub mod settings;
 pub mod sled_store;
@@ -35,8 +37,10 @@ pub mod snapshot;
 mod state_dir;
 pub mod status;
 pub mod storage;
+mod stream;
 #[cfg(test)]
 mod tests;
+mod unseen;
 pub mod versioned;
 mod visibility;
 mod write_behind;
@@ -46,6 +50,7 @@ pub use health::Space;
 pub use network::{Transport, TransportError};
 pub use observer::Observer;
 pub use proposer::Request;
+pub use replay::{Replayed, decode_record, encode_record};
 pub use runtime::Consensus;
 pub use settings::{COMMAND_BYTES_MAX, Limits, Settings, Timings};
 pub use status::{ConsensusStatus, ServerStatus};

@@ -25,6 +25,7 @@ use crate::{
     },
     snapshot::{self, Header, SLICE_BYTES, SLICE_RECORDS, SnapshotDir, SnapshotError, Writer},
     state_dir::{Reached, State, StateDir, StateError},
+    unseen::Unseen,
     versioned::Versions,
 };
 
@@ -42,6 +43,8 @@ impl fmt::Debug for StateMachine {
 
 struct Inner {
     replica: SharedNamespace,
+    /// What of the replica may not be shown yet.
+    unseen: Arc<Unseen>,
     observer: Arc<dyn Observer>,
     states: StateDir,
     snapshots: SnapshotDir,
@@ -107,6 +110,7 @@ impl StateMachine {
     ) -> Self {
         let State { number, versions, namespace, reached } = state;
         let inner = Inner {
+            unseen: Arc::new(Unseen::starting_at(namespace.applied())),
             replica: Arc::new(parking_lot::RwLock::new(namespace)),
             observer,
             states,
@@ -124,6 +128,10 @@ impl StateMachine {
     /// The replica, to be read by everybody and written by this machine alone.
     pub fn replica(&self) -> SharedNamespace {
         self.inner.replica.clone()
+    }
+
+    pub(crate) fn unseen(&self) -> Arc<Unseen> {
+        self.inner.unseen.clone()
     }
 
     /// Makes the state as it is now durable, which bounds how much log a restart applies again.
@@ -199,8 +207,14 @@ impl Inner {
                 let applied = self.live.lock().reached.applied;
                 return Err(MachineError::NotNext { index: id.index, applied });
             }
-            namespace.apply(index, &commands, extra)?
+            let applied = namespace.apply(index, &commands, extra)?;
+            // Before anybody can read it.
+            self.unseen.applied(index, applied.changes.iter().map(|(_, change)| change));
+            applied
         };
+        if !applied.diverged.is_empty() {
+            error!(%index, requests = ?applied.diverged, "the log made something else of what had happened here");
+        }
         {
             let mut live = self.live.lock();
             live.reached.applied = Some(id);
@@ -294,7 +308,12 @@ impl Inner {
         let State { number, versions, namespace, reached } = state;
         let (old_namespace, old) = {
             let mut replica = self.replica.write();
-            let old_namespace = std::mem::replace(&mut *replica, namespace);
+            self.unseen.replaced(namespace.applied());
+            let mut old_namespace = std::mem::replace(&mut *replica, namespace);
+            let lost = replica.take_ahead_of(&mut old_namespace)?;
+            if !lost.is_empty() {
+                error!(requests = ?lost, "what had happened here is not possible any more");
+            }
             let mut live = self.live.lock();
             (old_namespace, std::mem::replace(&mut *live, Live { number, versions, reached }))
         };

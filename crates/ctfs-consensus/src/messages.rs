@@ -12,8 +12,8 @@ use ctfs_types::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-/// Version byte of every message of this crate.
-pub(crate) const VERSION: u8 = 1;
+/// Version byte of every message of this crate. 2: commands as in the log of that version.
+pub(crate) const VERSION: u8 = 2;
 
 /// Limit of the transport for one call.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 2 << 20;
@@ -42,17 +42,18 @@ pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError>
 pub(crate) struct Forward {
     /// How long the sender will wait.
     pub patience: Duration,
-    pub commands: Vec<Command>,
+    /// Commands that belong together are in the log together, or none of them is.
+    pub together: Vec<Vec<Command>>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Forwarded {
     NotLeader,
-    /// One for each command, in order.
+    /// One for all commands that belong together, in order.
     Answers(Vec<Fate>),
 }
 
-/// What became of a forwarded command.
+/// What became of forwarded commands that belong together.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Fate {
     Answered(Answer),
@@ -62,11 +63,11 @@ pub(crate) enum Fate {
     NoSpace,
 }
 
-/// A command was applied at `index`, and is visible.
+/// Commands were applied at `index`, and are visible.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Answer {
     pub index: LogIndex,
-    pub verdict: Result<Reply, MetaError>,
+    pub verdicts: Vec<Result<Reply, MetaError>>,
 }
 
 /// "I have applied and told my kernel everything up to here; renew my lease."

@@ -25,6 +25,7 @@ use parking_lot::Mutex;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    answer_time::ANSWER_TIME_MIN,
     boottime::BootTime,
     messages::{self, MESSAGE_BYTES_MAX, service},
     raft_types::{TypeConfig, node_id},
@@ -154,6 +155,7 @@ impl Peer {
         T: DeserializeOwned,
         E: std::error::Error + DeserializeOwned,
     {
+        let ttl = ttl.max(ANSWER_TIME_MIN);
         let answer = match self.transport.call(node_id(self.target), service, payload, ttl).await {
             Ok(answer) => answer,
             Err(TransportError::Deadline) => {

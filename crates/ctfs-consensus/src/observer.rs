@@ -13,6 +13,10 @@ pub trait Observer: Send + Sync + 'static {
     /// lock, for every entry also when it changed nothing. Quick; never blocks.
     fn applied(&self, index: LogIndex, changes: Vec<(u64, Change)>);
 
+    /// A command of this server made `changes` before it is in the log; [`Self::applied`] will tell
+    /// them again. Quick; never blocks.
+    fn happened(&self, changes: &[Change]);
+
     /// The whole state was replaced: everything cached from the replica is to be forgotten.
     fn installed_snapshot(&self);
 

@@ -15,7 +15,7 @@ use std::{
 };
 
 use ctfs_meta::{Command, MetaError, Op, Reply};
-use ctfs_types::{NodeId, RequestId, Timestamp, codec};
+use ctfs_types::{Ino, NodeId, RequestId, Timestamp, codec};
 use openraft::error::ClientWriteError;
 use parking_lot::Mutex;
 use tokio::{
@@ -35,9 +35,9 @@ use crate::{
 /// Beyond a lease, what a change may take at the leader before a follower asks again.
 const FORWARD_SLACK: Duration = Duration::from_millis(1500);
 
-/// A command that waits for its answer.
+/// Commands that wait for their answer. They are in the log together, or none of them is.
 pub(crate) struct Ticket {
-    command: Command,
+    commands: Vec<Command>,
     bytes: usize,
     deadline: Instant,
     answer: oneshot::Sender<Outcome>,
@@ -81,6 +81,8 @@ pub struct Request {
     number: Mutex<Option<(RequestId, u64)>>,
     /// No copy of a command is about that has not been answered.
     once: AtomicBool,
+    /// Inodes of commands without an answer: nothing happens to them ahead of the log.
+    on_the_way: Mutex<Vec<Ino>>,
 }
 
 impl Drop for Request {
@@ -93,7 +95,7 @@ impl Drop for Request {
 
 impl Request {
     pub(crate) fn new(core: Arc<Core>) -> Self {
-        Self { core, number: Mutex::new(None), once: AtomicBool::new(true) }
+        Self { core, number: Mutex::new(None), once: AtomicBool::new(true), on_the_way: Mutex::default() }
     }
 
     /// Proposes `op` and waits until it is visible everywhere and applied here.
@@ -107,6 +109,39 @@ impl Request {
         let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
         let Ok(place) = timeout_at(deadline, core.places.acquire()).await else { return Err(no_quorum()) };
         let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
+        self.set_out(&op)?;
+        let answered = self.propose_in_order(op, started, deadline).await;
+        // Without an answer it may happen at any time, so its inodes stay on the way: what is done to
+        // them goes through the log, behind it.
+        if matches!(answered, Ok(_) | Err(ProposeError::TooLarge { .. } | ProposeError::NoSpace)) {
+            self.has_landed();
+        }
+        answered
+    }
+
+    fn set_out(&self, op: &Op) -> Result<(), ProposeError> {
+        let mut replica = self.core.replica.write();
+        match replica.sets_out(op) {
+            Ok(inos) => {
+                self.on_the_way.lock().extend(inos);
+                Ok(())
+            }
+            Err(error) => Err(ProposeError::Stopped(error.to_string())),
+        }
+    }
+
+    fn has_landed(&self) {
+        let inos = std::mem::take(&mut *self.on_the_way.lock());
+        if !inos.is_empty() {
+            self.core.replica.write().has_landed(&inos);
+        }
+    }
+
+    async fn propose_in_order(&self, op: Op, started: Instant, deadline: Instant) -> Result<Result<Reply, MetaError>, ProposeError> {
+        let core = &*self.core;
+        let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
+        // It may depend on them, and must not survive a crash that they do not.
+        core.await_streamed(deadline).await?;
 
         let (request, answered) = *self.number.lock().get_or_insert_with(|| {
             let (seq, answered) = core.numbers.lock().take(started);
@@ -129,12 +164,13 @@ impl Request {
             let leader = core.leader();
             if let Some(leader) = leader {
                 let first = self.once.swap(false, Relaxed);
-                match core.attempt(leader, &command, bytes, deadline).await {
-                    Outcome::Answered(answer) => {
+                match core.attempt(leader, vec![command.clone()], bytes, deadline).await {
+                    Outcome::Answered(mut answer) => {
                         self.once.store(first, Relaxed);
                         core.raise_visible(answer.index);
                         let applied = core.await_applied(answer.index, deadline).await;
-                        return if applied { Ok(answer.verdict) } else { Err(no_quorum()) };
+                        let verdict = answer.verdicts.pop().expect("a ticket is answered command by command");
+                        return if applied { Ok(verdict) } else { Err(no_quorum()) };
                     }
                     Outcome::NotLeader => self.once.store(first, Relaxed),
                     Outcome::NoSpace if first => {
@@ -155,12 +191,12 @@ impl Core {
         Request::new(self.clone()).propose(op).await
     }
 
-    async fn attempt(&self, leader: NodeId, command: &Command, bytes: usize, deadline: Instant) -> Outcome {
-        if leader == self.me && grows(&command.op) && self.is_short_of_room() {
+    pub async fn attempt(&self, leader: NodeId, commands: Vec<Command>, bytes: usize, deadline: Instant) -> Outcome {
+        if leader == self.me && commands.iter().any(|command| grows(&command.op)) && self.is_short_of_room() {
             return Outcome::NoSpace;
         }
         let (answer, answered) = oneshot::channel();
-        let ticket = Ticket { command: command.clone(), bytes, deadline, answer };
+        let ticket = Ticket { commands, bytes, deadline, answer };
         let queue = if leader == self.me { &self.entries } else { &self.outbox };
         let mut view = self.view.subscribe();
         let served = async {
@@ -184,10 +220,11 @@ impl Core {
     /// A text for the log of the sender when the message breaks a limit.
     pub async fn forwarded(&self, message: Forward) -> Result<Forwarded, String> {
         let limits = &self.settings.limits;
-        let sizes: Vec<usize> = message.commands.iter().map(encoded_bytes).collect();
-        if message.commands.is_empty() || sizes.len() > limits.entry_commands {
-            return Err(format!("{} commands in one message", sizes.len()));
+        let count: usize = message.together.iter().map(Vec::len).sum();
+        if message.together.iter().any(Vec::is_empty) || count == 0 || count > limits.entry_commands {
+            return Err(format!("{count} commands in one message"));
         }
+        let sizes: Vec<usize> = message.together.iter().map(|commands| commands.iter().map(encoded_bytes).sum()).collect();
         if let Some(bytes) = sizes.iter().find(|&&bytes| bytes > COMMAND_BYTES_MAX) {
             return Err(format!("command of {bytes} bytes"));
         }
@@ -197,19 +234,19 @@ impl Core {
         let deadline = Instant::now() + message.patience.min(self.settings.timings.propose_deadline);
         let unsure = || Forwarded::Answers(vec![Fate::Unsure; sizes.len()]);
         let no_space = self.is_short_of_room();
-        let Ok(Ok(_places)) = timeout_at(deadline, self.places.acquire_many(sizes.len() as u32)).await else {
+        let Ok(Ok(_places)) = timeout_at(deadline, self.places.acquire_many(count as u32)).await else {
             return Ok(unsure());
         };
         let mut waiting = Vec::with_capacity(sizes.len());
-        for (command, &bytes) in message.commands.into_iter().zip(&sizes) {
+        for (commands, &bytes) in message.together.into_iter().zip(&sizes) {
             let (answer, answered) = oneshot::channel();
-            if no_space && grows(&command.op) {
+            if no_space && commands.iter().any(|command| grows(&command.op)) {
                 // Its asker waits below.
                 let _ = answer.send(Outcome::NoSpace);
                 waiting.push(answered);
                 continue;
             }
-            if self.entries.send(Ticket { command, bytes, deadline, answer }).await.is_err() {
+            if self.entries.send(Ticket { commands, bytes, deadline, answer }).await.is_err() {
                 return Ok(unsure());
             }
             waiting.push(answered);
@@ -231,7 +268,7 @@ impl Core {
     }
 }
 
-fn encoded_bytes(command: &Command) -> usize {
+pub(crate) fn encoded_bytes(command: &Command) -> usize {
     codec::encode(messages::VERSION, command).len()
 }
 
@@ -259,15 +296,16 @@ impl Batches {
                 None => self.queue.recv().await?,
             };
             let permit = in_flight.clone().acquire_owned().await.ok()?;
-            let mut bytes = first.bytes;
+            let (mut bytes, mut commands) = (first.bytes, first.commands.len());
             let mut batch = vec![first];
-            while batch.len() < self.commands_max {
+            while commands < self.commands_max {
                 let Ok(ticket) = self.queue.try_recv() else { break };
-                if bytes + ticket.bytes > self.bytes_max {
+                bytes += ticket.bytes;
+                commands += ticket.commands.len();
+                if bytes > self.bytes_max || commands > self.commands_max {
                     self.next = Some(ticket);
                     break;
                 }
-                bytes += ticket.bytes;
                 batch.push(ticket);
             }
             // Whose asker gave up before it was written need not be written.
@@ -284,14 +322,24 @@ pub(crate) async fn pack(core: Arc<Core>, queue: mpsc::Receiver<Ticket>) {
     let in_flight = Arc::new(Semaphore::new(core.settings.limits.entries_in_flight));
     let mut batches = Batches::new(&core, queue);
     while let Some((batch, permit)) = batches.next(&in_flight).await {
-        let (commands, askers): (Vec<_>, Vec<_>) =
-            batch.into_iter().map(|ticket| (ticket.command, (ticket.answer, ticket.deadline))).unzip();
+        let (mut commands, mut askers) = (Vec::new(), Vec::with_capacity(batch.len()));
+        for ticket in batch {
+            askers.push(Asker { commands: ticket.commands.len(), answer: ticket.answer, deadline: ticket.deadline });
+            commands.extend(ticket.commands);
+        }
         // Sent from here, so that entries keep the order of the queue.
         match core.raft.client_write_ff(Entries { commands }).await {
             Ok(written) => drop(tokio::spawn(answer(core.clone(), written, permit, askers))),
             Err(fatal) => tracing::error!(error = %fatal, "openraft has ended; commands are refused"),
         }
     }
+}
+
+/// Who waits for the verdicts of so many commands of an entry.
+struct Asker {
+    commands: usize,
+    answer: oneshot::Sender<Outcome>,
+    deadline: Instant,
 }
 
 type Written = oneshot::Receiver<openraft::raft::ClientWriteResult<TypeConfig>>;
@@ -301,7 +349,7 @@ async fn answer(
     core: Arc<Core>,
     written: Written,
     permit: OwnedSemaphorePermit,
-    askers: Vec<(oneshot::Sender<Outcome>, Instant)>,
+    askers: Vec<Asker>,
 ) {
     let written = written.await;
     drop(permit);
@@ -313,24 +361,27 @@ async fn answer(
                 ClientWriteError::ChangeMembershipError(_) => || Outcome::Unsure,
             };
             // An entry that was cut off by the next leader did not happen by this try, either.
-            askers.into_iter().for_each(|(asker, _)| drop(asker.send(outcome())));
+            askers.into_iter().for_each(|asker| drop(asker.answer.send(outcome())));
             return;
         }
         // openraft has ended. The dropped askers learn that nothing is sure.
         Err(_) => return,
     };
     let index = log_index(response.log_id.index);
-    let deadline = askers.iter().map(|(_, deadline)| *deadline).max().unwrap_or_else(Instant::now);
-    if response.data.0.len() != askers.len() {
-        tracing::error!(%index, verdicts = response.data.0.len(), commands = askers.len(), "verdicts do not match");
+    let deadline = askers.iter().map(|asker| asker.deadline).max().unwrap_or_else(Instant::now);
+    let commands: usize = askers.iter().map(|asker| asker.commands).sum();
+    if response.data.0.len() != commands {
+        tracing::error!(%index, verdicts = response.data.0.len(), commands, "verdicts do not match");
         return;
     }
     if !core.await_visible(index, deadline).await {
         return;
     }
-    for ((asker, _), verdict) in askers.into_iter().zip(response.data.0) {
+    let mut verdicts = response.data.0.into_iter();
+    for asker in askers {
+        let verdicts = verdicts.by_ref().take(asker.commands).collect();
         // Whoever gave up meanwhile does not listen.
-        let _ = asker.send(Outcome::Answered(Answer { index, verdict }));
+        let _ = asker.answer.send(Outcome::Answered(Answer { index, verdicts }));
     }
 }
 
@@ -355,14 +406,13 @@ async fn send(core: &Core, batch: Vec<Ticket>) {
     let now = Instant::now();
     let deadline = batch.iter().map(|ticket| ticket.deadline).max().unwrap_or(now);
     let deadline = deadline.min(now + core.settings.timings.lease + FORWARD_SLACK);
-    let (commands, askers): (Vec<_>, Vec<_>) =
-        batch.into_iter().map(|ticket| (ticket.command, ticket.answer)).unzip();
-    let message = Forward { patience: deadline.saturating_duration_since(now), commands };
+    let (together, askers): (Vec<_>, Vec<_>) =
+        batch.into_iter().map(|ticket| (ticket.commands, ticket.answer)).unzip();
+    let sizes: Vec<usize> = together.iter().map(Vec::len).collect();
+    let message = Forward { patience: deadline.saturating_duration_since(now), together };
     let outcomes: Vec<Outcome> =
         match core.call_leader(leader, service::FORWARD, messages::encode(&message), deadline).await {
-            Ok(Forwarded::Answers(answers)) if answers.len() == askers.len() => {
-                answers.into_iter().map(Outcome::from).collect()
-            }
+            Ok(Forwarded::Answers(answers)) if fits(&answers, &sizes) => answers.into_iter().map(Outcome::from).collect(),
             Ok(Forwarded::Answers(_)) | Err(_) => askers.iter().map(|_| Outcome::Unsure).collect(),
             Ok(Forwarded::NotLeader) => askers.iter().map(|_| Outcome::NotLeader).collect(),
         };
@@ -370,4 +420,13 @@ async fn send(core: &Core, batch: Vec<Ticket>) {
         // Whoever gave up meanwhile does not listen.
         let _ = asker.send(outcome);
     }
+}
+
+/// Whether these answer tickets of so many commands each.
+fn fits(answers: &[Fate], commands: &[usize]) -> bool {
+    answers.len() == commands.len()
+        && answers.iter().zip(commands).all(|(fate, commands)| match fate {
+            Fate::Answered(answer) => answer.verdicts.len() == *commands,
+            Fate::Unsure | Fate::NoSpace => true,
+        })
 }

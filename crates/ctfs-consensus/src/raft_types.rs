@@ -15,7 +15,7 @@ openraft::declare_raft_types!(
         Node = openraft::EmptyNode,
         Entry = openraft::Entry<TypeConfig>,
         SnapshotData = tokio::fs::File,
-        AsyncRuntime = openraft::TokioRuntime,
+        AsyncRuntime = crate::answer_time::Runtime,
 );
 
 /// One log entry.

@@ -46,6 +46,11 @@ impl Relay {
         }
     }
 
+    /// A command made these changes here; the log will make them again.
+    pub fn happened(&self, changes: &[Change]) {
+        self.inner.happened(changes);
+    }
+
     fn publish(&self, index: LogIndex) {
         self.applied.send_if_modified(|applied| {
             let news = index > *applied;
@@ -61,6 +66,10 @@ impl Observer for Relay {
         *last = index.max(*last);
         self.inner.applied(index, changes);
         self.publish(index);
+    }
+
+    fn happened(&self, changes: &[Change]) {
+        self.inner.happened(changes);
     }
 
     fn installed_snapshot(&self) {

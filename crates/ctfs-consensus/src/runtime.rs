@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use ctfs_meta::{MetaError, Op, Reply, SharedNamespace};
+use ctfs_journal::Journal;
+use ctfs_meta::{Command, MetaError, Op, Reply, SharedNamespace, Subject};
 use ctfs_types::{Incarnation, LogIndex, NodeId};
 use openraft::{
     Config, Raft, SnapshotPolicy, Vote,
@@ -17,7 +18,7 @@ use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinHandle,
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use crate::{
@@ -31,9 +32,11 @@ use crate::{
     proposer::{self, Request},
     raft_types::{TypeConfig, raft_node},
     relay::Relay,
+    replay::Replayed,
     settings::{Limits, Settings, Timings},
     status::ConsensusStatus,
     storage::Storage,
+    stream::{self, Stream},
     visibility,
 };
 
@@ -86,6 +89,7 @@ impl Consensus {
         let core = Arc::new(Core {
             me: settings.node,
             life: AtomicU64::new(settings.incarnation.0),
+            rtt: AtomicU64::new(0),
             health: storage.health,
             raft: raft.clone(),
             replica: storage.replica,
@@ -96,16 +100,18 @@ impl Consensus {
             view: watch::Sender::new(View::default()),
             leader_watch: watch::Sender::new(None),
             visible: watch::Sender::new(LogIndex(0)),
+            unseen: machine.unseen(),
             committed: AtomicU64::new(0),
             ledger: Mutex::new(None),
             short_of_room: Mutex::default(),
-            lease: Mutex::new(None),
+            lease: watch::Sender::new(None),
             wanted: watch::Sender::new(LogIndex(0)),
             readers,
             entries,
             outbox,
             places: Arc::new(Semaphore::new(queued)),
             numbers: Mutex::new(Numbers::default()),
+            stream: Stream::default(),
             changing: tokio::sync::Mutex::new(()),
             settings,
         });
@@ -123,6 +129,8 @@ impl Consensus {
             spawn(visibility::serve_readers(core.clone(), readers_queue)),
             spawn(proposer::pack(core.clone(), entries_queue)),
             spawn(proposer::forward(core.clone(), outbox_queue)),
+            spawn(stream::run(core.clone())),
+            spawn(stream::reserve_numbers(core.clone())),
         ];
         Ok(Self { core, tasks: Arc::new(Tasks(Mutex::new(tasks))) })
     }
@@ -153,6 +161,13 @@ impl Consensus {
         self.core.life.store(incarnation.0, std::sync::atomic::Ordering::Relaxed);
     }
 
+    /// The slowest round trip to another server, as measured now: leases are renewed in time for it.
+    /// Elections keep what this life was started with.
+    pub fn set_rtt(&self, rtt: Duration) {
+        let micros = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX);
+        self.core.rtt.store(micros, std::sync::atomic::Ordering::Relaxed);
+    }
+
     /// The local replica.
     pub fn replica(&self) -> SharedNamespace {
         self.core.replica.clone()
@@ -168,6 +183,45 @@ impl Consensus {
     /// - [`ProposeError::Stopped`]: it may have happened.
     pub async fn propose(&self, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
         self.core.propose(op).await
+    }
+
+    /// Has `op` happen at once, here, if this server alone may do that; it follows into the log.
+    /// `None`: it must be proposed.
+    pub fn happen(&self, op: &Op) -> Option<Result<Reply, MetaError>> {
+        self.core.happen(op)
+    }
+
+    /// From here on what happens here is written down there; without a journal nothing does.
+    pub fn set_journal(&self, journal: Arc<Journal>) {
+        self.core.stream.set_journal(journal);
+    }
+
+    /// Sends commands of an earlier life of this server, in their order. Before the new life is reported.
+    ///
+    /// # Errors
+    /// [`ProposeError::NoQuorum`], [`ProposeError::NoSpace`], [`ProposeError::Stopped`]: send all of them
+    /// again later.
+    pub async fn replay(&self, commands: &[Command]) -> Result<Replayed, ProposeError> {
+        self.core.replay(commands).await
+    }
+
+    /// Returns when everything that happened here before the call is in the log and visible.
+    ///
+    /// # Errors
+    /// [`ProposeError::NoQuorum`] after [`Timings::propose_deadline`], [`ProposeError::Stopped`].
+    pub async fn await_streamed(&self) -> Result<(), ProposeError> {
+        self.core.await_streamed(Instant::now() + self.core.settings.timings.propose_deadline).await
+    }
+
+    /// After this life was ended: takes back what happened here and is not in the log. Answers the
+    /// commands that are lost.
+    pub fn end_stream(&self) -> Vec<Command> {
+        self.core.end_stream()
+    }
+
+    /// Commands that have happened here and are not in the log yet.
+    pub fn streaming(&self) -> u64 {
+        self.core.stream.depth()
     }
 
     /// A request of which the outcome can be found out when a proposal ended without one.
@@ -191,10 +245,33 @@ impl Consensus {
         self.core.leased()
     }
 
-    /// Whether [`Self::barrier`] would return at once.
-    pub fn read_ready(&self) -> bool {
-        let shown = self.core.relay.applied_index();
-        self.core.leased() && *self.core.visible.borrow() >= shown
+    /// For how long the read lease still holds if it is not renewed; zero without one.
+    pub fn leased_for(&self) -> Duration {
+        self.core.leased_for()
+    }
+
+    /// Returns when this server had a read lease and has none any more.
+    pub async fn lease_lapsed(&self) {
+        self.core.lease_lapsed().await;
+    }
+
+    /// The last entry that the local replica shows, if it may not be answered from yet. Under the
+    /// replica's lock.
+    pub fn ahead(&self) -> Option<LogIndex> {
+        self.core.unseen.ahead()
+    }
+
+    /// The last change of `subject`, if it may not be answered yet. Under the replica's lock.
+    pub fn unseen_change(&self, subject: &Subject) -> Option<LogIndex> {
+        self.core.unseen.change_of(subject)
+    }
+
+    /// Returns when every leased server has applied and invalidated entry `index`.
+    ///
+    /// # Errors
+    /// As [`Self::barrier`].
+    pub async fn await_visible(&self, index: LogIndex) -> Result<(), ProposeError> {
+        self.core.seen(index).await
     }
 
     /// How far the local replica has come.

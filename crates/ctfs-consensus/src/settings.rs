@@ -37,8 +37,8 @@ impl Settings {
 /// How long things take, and how long they may.
 #[derive(Debug, Clone)]
 pub struct Timings {
-    /// A leader's silence is broken this often. Also the time one append may take, so it must
-    /// hold a round trip and a flush; openraft sends a heartbeat every 1.5 of it.
+    /// A leader's silence is broken this often; openraft sends a heartbeat every 1.5 of it. One
+    /// append may take so long, and never less than `ANSWER_TIME_MIN`: a round trip and a flush.
     pub heartbeat: Duration,
     /// A follower stands for election after it has heard nothing for `election_max` (the leader
     /// lease of openraft, in which it also refuses its vote) plus a random time between

@@ -28,7 +28,8 @@ use tracing::warn;
 use crate::{durable, raft_types::RaftSnapshotMeta, sled_store::Record};
 
 const MAGIC: [u8; 8] = *b"CTFSSNAP";
-const VERSION: u32 = 1;
+/// 2: records of the state of that version.
+const VERSION: u32 = 2;
 const RECORD_VERSION: u8 = 1;
 const BLOCK_HEADER_BYTES: usize = 9;
 /// Largest block; the writer makes them of about [`SLICE_BYTES`] plus one record.

@@ -28,16 +28,74 @@ use crate::{
 /// shall not use up a reader's whole patience.
 const QUESTION_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long after a machine wakes up its server may believe in a lease of before.
+const LAPSE_CHECK: Duration = Duration::from_millis(200);
+
 pub(crate) type Reader = oneshot::Sender<Result<LogIndex, ProposeError>>;
 
 impl Core {
     /// Whether this server holds a lease right now.
     pub fn leased(&self) -> bool {
+        !self.leased_for().is_zero()
+    }
+
+    /// For how long the lease still holds.
+    pub fn leased_for(&self) -> Duration {
         if self.view.borrow().stopped.is_some() {
-            return false;
+            return Duration::ZERO;
         }
-        let lease = *self.lease.lock();
-        lease.is_some_and(|lease| BootTime::now() < lease.until && self.relay.acked(&self.invalidated) >= lease.from)
+        match *self.lease.borrow() {
+            Some(lease) if self.relay.acked(&self.invalidated) >= lease.from => lease.until.since(BootTime::now()),
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Returns when a lease that was held has ended.
+    pub async fn lease_lapsed(&self) {
+        let mut lease = self.lease.subscribe();
+        if lease.wait_for(Option::is_some).await.is_err() {
+            return pending().await;
+        }
+        loop {
+            let Some(now) = *lease.borrow_and_update() else { return };
+            let left = now.until.since(BootTime::now());
+            if left.is_zero() {
+                // Forgotten, unless another was granted at this moment.
+                self.lease.send_if_modified(|lease| {
+                    let lapsed = lease.is_some_and(|lease| lease.until == now.until);
+                    if lapsed {
+                        *lease = None;
+                    }
+                    lapsed
+                });
+                return;
+            }
+            tokio::select! {
+                () = changed(&mut lease) => {}
+                // Timers do not count while the machine is suspended; the lease does.
+                () = sleep(left.min(LAPSE_CHECK)) => {}
+            }
+        }
+    }
+
+    /// Returns when entry `index`, which the replica shows, may be shown.
+    pub async fn seen(&self, index: LogIndex) -> Result<(), ProposeError> {
+        let started = Instant::now();
+        let deadline = started + self.settings.timings.barrier_deadline;
+        self.want(index);
+        if self.await_visible(index, deadline).await {
+            return Ok(());
+        }
+        Err(self.stopped().unwrap_or(ProposeError::NoQuorum { waited: started.elapsed() }))
+    }
+
+    /// Has [`chase`] ask when `index` becomes visible.
+    fn want(&self, index: LogIndex) {
+        self.wanted.send_if_modified(|wanted| {
+            let news = index > *wanted;
+            *wanted = index.max(*wanted);
+            news
+        });
     }
 
     /// Returns when a read of the local replica shows nothing of the past, and nothing that
@@ -53,11 +111,7 @@ impl Core {
             if *self.visible.borrow() >= shown {
                 return Ok(());
             }
-            self.wanted.send_if_modified(|wanted| {
-                let news = shown > *wanted;
-                *wanted = shown.max(*wanted);
-                news
-            });
+            self.want(shown);
             if self.await_visible(shown, deadline).await && self.leased() {
                 return Ok(());
             }
@@ -105,7 +159,7 @@ impl Core {
         if let Some(grant) = grant {
             // Never more than our own settings allow, whatever the leader says.
             let usable = grant.usable.min(self.settings.timings.lease_used);
-            *self.lease.lock() = Some(Lease { until: asked + usable, from: grant.from });
+            self.lease.send_replace(Some(Lease { until: asked + usable, from: grant.from }));
         }
         self.raise_visible(*visible);
         self.committed.fetch_max(committed.0, std::sync::atomic::Ordering::Relaxed);
@@ -184,7 +238,7 @@ pub(crate) async fn renew(core: Arc<Core>) {
             }
             continue;
         };
-        let until = Instant::now() + core.settings.timings.renew;
+        let until = Instant::now() + core.renew_every();
         if core.silent().is_some() {
             core.await_other_leader(Some(leader), until).await;
             continue;
@@ -205,7 +259,7 @@ pub(crate) async fn renew(core: Arc<Core>) {
             () = changed(&mut applied) => {}
             () = changed(&mut invalidated) => {}
             () = changed(&mut view) => {}
-            () = sleep(core.settings.timings.renew) => {}
+            () = sleep(core.renew_every()) => {}
         }
     }
 }

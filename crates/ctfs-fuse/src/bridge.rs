@@ -3,7 +3,14 @@
 //! Thin on purpose. What is decided here is only what belongs to the protocol: which reply a result
 //! becomes, how long the kernel may keep it, and the size games of extended attributes.
 
-use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc, time::{Duration, SystemTime}};
+use std::{
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt,
+    path::Path,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use ctfs_meta::{Change, MetaError};
@@ -19,6 +26,7 @@ use fuser::{
 use crate::{
     caches::{Caches, Permits},
     convert::{BLOCK_BYTES, absent, decode_dev, errno, file_attr, file_type, generation, set_time},
+    notice::Abilities,
     runner::Runner,
     undo::FailedWrites,
 };
@@ -47,6 +55,11 @@ const WANTED: [InitFlags; 16] = [
     InitFlags::FUSE_ASYNC_READ,
     InitFlags::FUSE_HAS_EXPIRE_ONLY,
 ];
+/// The protocol that has `FUSE_NOTIFY_INC_EPOCH`: Linux 6.16.
+const INC_EPOCH_SINCE: (u32, u32) = (7, 44);
+/// A reply written so much later than its timeout was looked up is taken back. Between the end of a
+/// lease's use and the moment when nobody waits for its holder any more lies a second.
+const LATE_REPLY: Duration = Duration::from_millis(500);
 /// One request carries at most 1 MiB: the kernel's `fs.fuse.max_pages_limit` is 256 by default.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
 /// Read-ahead and write-back requests the kernel may have under way; its default of 16 starves a
@@ -63,8 +76,8 @@ pub struct Bridge {
     pub vfs: Arc<Vfs>,
     pub caches: Arc<Caches>,
     pub runner: Runner,
-    /// Set by the handshake: the kernel can expire names without throwing them out.
-    pub can_expire: Arc<std::sync::atomic::AtomicBool>,
+    /// Set by the handshake.
+    pub kernel: Arc<Abilities>,
     pub failed: Arc<FailedWrites>,
 }
 
@@ -158,11 +171,16 @@ impl Replies {
 
     /// A reply that was delayed between the check of the lease and the kernel carries a timeout
     /// that outlives the lease (scenario 17 of the coherence page): take it back.
-    fn look_at_the_lease_again(&self, given: std::time::Duration, what: impl FnOnce() -> Vec<Change>) {
-        if !given.is_zero() && self.vfs.cache_timeout().is_zero() {
+    fn look_at_the_lease_again(&self, given: Duration, what: impl FnOnce() -> Vec<Change>) {
+        if outlives(given, self.vfs.cache_timeout()) {
             self.vfs.invalidate(what());
         }
     }
+}
+
+/// Whether a timeout `given` a moment ago is too long for what is `left` of the lease.
+fn outlives(given: Duration, left: Duration) -> bool {
+    !given.is_zero() && (left.is_zero() || left + LATE_REPLY < given)
 }
 
 impl Bridge {
@@ -178,8 +196,9 @@ impl Filesystem for Bridge {
                 tracing::info!(?flag, "this kernel does not have it");
             }
         }
-        let can_expire = config.capabilities().contains(InitFlags::FUSE_HAS_EXPIRE_ONLY);
-        self.can_expire.store(can_expire, std::sync::atomic::Ordering::Relaxed);
+        let (can_expire, abi) = (config.capabilities().contains(InitFlags::FUSE_HAS_EXPIRE_ONLY), config.kernel_abi());
+        self.kernel.expire.store(can_expire, Relaxed);
+        self.kernel.epoch.store((abi.0, abi.1) >= INC_EPOCH_SINCE, Relaxed);
         // Each answers the nearest value it takes; then that is the best there is.
         if let Err(nearest) = config.set_max_write(WRITE_BYTES_MAX) {
             let _ = config.set_max_write(nearest);
@@ -380,7 +399,11 @@ impl Filesystem for Bridge {
         self.runner.run(async move {
             match vfs.read_file(ino(number), handle(fh), offset, size).await {
                 Ok(bytes) => reply.data(&bytes),
-                Err(error) => reply.error(errno(&error)),
+                Err(error) => return reply.error(errno(&error)),
+            }
+            // Without a lease nobody waits until the kernel has dropped pages that change elsewhere.
+            if vfs.cache_timeout().is_zero() && !vfs.is_direct(ino(number), handle(fh)) {
+                vfs.invalidate(vec![Change::Data { ino: ino(number), offset, len: size.into() }]);
             }
         });
     }
@@ -723,5 +746,20 @@ impl Filesystem for Bridge {
                 Err(error) => reply.error(errno(&error)),
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timeout_outlives_a_lease_that_lapsed_or_was_looked_up_long_before_the_reply() {
+        let millis = Duration::from_millis;
+        assert!(!outlives(millis(1500), millis(1499)), "as always");
+        assert!(!outlives(millis(300), millis(1750)), "renewed meanwhile");
+        assert!(outlives(millis(1500), millis(900)));
+        assert!(outlives(millis(300), Duration::ZERO));
+        assert!(!outlives(Duration::ZERO, Duration::ZERO), "nothing was given");
     }
 }

@@ -15,8 +15,11 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use crate::undo::KernelSize;
 
-/// A directory in which another server changed a name within this time gets no entry timeout:
-/// then two servers busy in one directory need not wait for each other's kernels.
+/// A directory in which another server changed a name within this time gets no entry timeout. Not
+/// because an answer would be wrong otherwise, but because nobody need be waited for then: what the
+/// kernel does not keep need not be taken back, and taking back waits for the directory's lock, which
+/// programs here hold while their own `mkdir` there waits for the cluster. One sweep of the kernel's
+/// names, which is not cheap, thus serves a directory for as long as two servers are busy in it.
 const DIRECTORY_STAYS_HOT: Duration = Duration::from_secs(60);
 /// Attributes changed elsewhere within this time get no timeout: longer than a reply can be under
 /// way between reading the replica and being written.
@@ -51,6 +54,16 @@ struct Marks {
 struct Hot {
     since: Instant,
     last: Instant,
+    /// The kernel has thrown out what it was given before.
+    swept: bool,
+}
+
+/// What the kernel can still keep of a directory in which a name has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    Nothing,
+    /// Names that it was given a timeout for before this.
+    Before(Instant),
 }
 
 /// The right to write replies with timeouts; held while they are written, so never across a wait.
@@ -87,11 +100,11 @@ impl Permits<'_> {
 
 impl Marks {
     /// Since when nothing in `dir` was given a timeout.
-    fn directory(&self, dir: Ino, now: Instant) -> Option<Instant> {
+    fn directory(&self, dir: Ino, now: Instant) -> Option<Hot> {
         let hot = |hot: &Hot| now.duration_since(hot.last) < DIRECTORY_STAYS_HOT;
         let own = self.directories.get(&dir).copied().filter(hot);
         let all = self.everything.filter(hot);
-        own.into_iter().chain(all).map(|hot| hot.since).min()
+        own.into_iter().chain(all).min_by_key(|hot| (!hot.swept, hot.since))
     }
 
     fn make_room(&mut self, now: Instant) {
@@ -111,7 +124,7 @@ impl Marks {
     fn mark_everything(&mut self, now: Instant) {
         let still_hot = self.everything.filter(|hot| now.duration_since(hot.last) < DIRECTORY_STAYS_HOT);
         let since = still_hot.map_or(now, |hot| hot.since);
-        self.everything = Some(Hot { since, last: now });
+        self.everything = Some(Hot { since, last: now, swept: still_hot.is_some_and(|hot| hot.swept) });
     }
 }
 
@@ -121,14 +134,30 @@ impl Caches {
         Permits { marks: self.marks.read(), timeout }
     }
 
-    /// A name in `dir` changed elsewhere. Answers since when replies about `dir` carry no timeout.
-    pub fn mark_directory(&self, dir: Ino) -> Instant {
+    /// A name in `dir` changed elsewhere: replies about `dir` carry no timeout from now on.
+    pub fn mark_directory(&self, dir: Ino) -> Kept {
         let now = Instant::now();
         let mut marks = self.marks.write();
         marks.make_room(now);
-        let since = marks.directory(dir, now).unwrap_or(now);
-        marks.directories.insert(dir, Hot { since, last: now });
-        since
+        let hot = marks.directory(dir, now).unwrap_or(Hot { since: now, last: now, swept: false });
+        marks.directories.insert(dir, Hot { last: now, ..hot });
+        if hot.swept { Kept::Nothing } else { Kept::Before(hot.since) }
+    }
+
+    /// Of these directories, those whose names were given no timeout since `before`.
+    pub fn marked_before(&self, dirs: impl Iterator<Item = Ino>, before: Instant) -> Vec<Ino> {
+        let (now, marks) = (Instant::now(), self.marks.read());
+        dirs.filter(|dir| marks.directory(*dir, now).is_some_and(|hot| hot.since <= before)).collect()
+    }
+
+    /// The kernel threw out all names it was given before `before`.
+    pub fn swept(&self, dirs: &[Ino], before: Instant) {
+        let mut marks = self.marks.write();
+        for dir in dirs {
+            if let Some(hot) = marks.directories.get_mut(dir).filter(|hot| hot.since <= before) {
+                hot.swept = true;
+            }
+        }
     }
 
     /// Attributes or bytes of `ino` changed elsewhere.
@@ -205,10 +234,26 @@ mod tests {
     fn a_directory_changed_elsewhere_gives_no_entry_timeout() {
         let caches = Caches::default();
         assert_eq!(caches.permits(SECOND).entry(Ino(5)), SECOND);
-        let since = caches.mark_directory(Ino(5));
+        let kept = caches.mark_directory(Ino(5));
         assert_eq!(caches.permits(SECOND).entry(Ino(5)), Duration::ZERO);
         assert_eq!(caches.permits(SECOND).entry(Ino(6)), SECOND);
-        assert_eq!(caches.mark_directory(Ino(5)), since, "it stays marked since the first change");
+        assert_eq!(caches.mark_directory(Ino(5)), kept, "it stays marked since the first change");
+    }
+
+    #[test]
+    fn of_a_directory_that_was_swept_the_kernel_keeps_nothing() {
+        let caches = Caches::default();
+        let Kept::Before(since) = caches.mark_directory(Ino(5)) else { panic!("nobody has swept it") };
+        let earlier = since.checked_sub(SECOND).unwrap();
+        let both = || [Ino(5), Ino(6)].into_iter();
+        assert_eq!(caches.marked_before(both(), earlier), [], "replies given meanwhile may be on their way");
+        caches.swept(&[Ino(5)], earlier);
+        assert_eq!(caches.mark_directory(Ino(5)), Kept::Before(since));
+        assert_eq!(caches.marked_before(both(), since), [Ino(5)]);
+        caches.swept(&[Ino(5)], since);
+        assert_eq!(caches.mark_directory(Ino(5)), Kept::Nothing);
+        assert_ne!(caches.mark_directory(Ino(6)), Kept::Nothing);
+        assert_eq!(caches.permits(SECOND).entry(Ino(5)), Duration::ZERO, "and it is given nothing new");
     }
 
     #[test]

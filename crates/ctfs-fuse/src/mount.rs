@@ -10,11 +10,7 @@ use std::{
     fs, io,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
@@ -31,7 +27,7 @@ use crate::{
     bridge::Bridge,
     caches::Caches,
     mountinfo::{self, MountLine},
-    notice::NoticeChannel,
+    notice::{Abilities, NoticeChannel},
     notifier::Notifier,
     runner::Runner,
 };
@@ -110,7 +106,7 @@ impl Mount {
             Err(_) => None,
         };
 
-        let began = Self::serve(vfs, runtime, device, second, settings.threads);
+        let began = Self::serve(vfs, runtime, device, second, &path, settings.threads);
         let (notifier, ended) = began.inspect_err(|_| {
             // Nobody serves it; whoever touched it would hang.
             let _ = rustix::mount::unmount(&path, UnmountFlags::DETACH);
@@ -125,15 +121,16 @@ impl Mount {
         runtime: Handle,
         device: OwnedFd,
         second: OwnedFd,
+        path: &Path,
         threads: usize,
     ) -> Result<(Notifier, watch::Receiver<bool>), MountError> {
         let caches = Arc::new(Caches::default());
-        let can_expire = Arc::new(AtomicBool::new(false));
+        let kernel = Arc::new(Abilities::default());
         let bridge = Bridge {
             vfs: vfs.clone(),
             caches: caches.clone(),
             runner: Runner::new(runtime.clone()),
-            can_expire: can_expire.clone(),
+            kernel: kernel.clone(),
             failed: Arc::default(),
         };
         let mut config = Config::default();
@@ -143,7 +140,7 @@ impl Mount {
         config.clone_fd = false;
         let session = Session::from_fd(bridge, device, SessionACL::All, config).map_err(MountError::Handshake)?;
 
-        let channel = NoticeChannel::new(second, can_expire.load(Ordering::Relaxed));
+        let channel = NoticeChannel::new(second, &kernel, path.to_owned());
         let notifier = Notifier::start(vfs.clone(), caches, channel).map_err(MountError::Thread)?;
         vfs.set_kernel(Some(Arc::new(notifier.clone())));
 

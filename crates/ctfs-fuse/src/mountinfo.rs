@@ -22,6 +22,13 @@ pub fn mounted_on(path: &Path) -> io::Result<Option<MountLine>> {
     Ok(parse(&text).rfind(|line| line.mountpoint == path))
 }
 
+/// Whether anything is mounted below the mount on `path`, as far as this process sees.
+pub fn any_inside(path: &Path) -> io::Result<bool> {
+    let text = fs::read("/proc/self/mountinfo")?;
+    let inside = |line: MountLine| line.mountpoint != path && line.mountpoint.starts_with(path);
+    Ok(parse(&text).any(inside))
+}
+
 fn parse(text: &[u8]) -> impl DoubleEndedIterator<Item = MountLine> + '_ {
     text.split(|&b| b == b'\n').filter_map(parse_line)
 }

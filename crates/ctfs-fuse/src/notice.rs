@@ -6,27 +6,56 @@
 //! thrown out all the same: a directory that is only expired in its old place cannot be taken up in
 //! its new one by a rename, which would fail with ESTALE.
 
-use std::{fs::File, io, os::fd::OwnedFd};
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 use ctfs_types::{FileName, Ino};
 
+use crate::mountinfo;
+
 const NOTIFY_INVAL_INODE: i32 = 2;
 const NOTIFY_INVAL_ENTRY: i32 = 3;
+/// Since protocol 7.44.
+const NOTIFY_INC_EPOCH: i32 = 8;
 const EXPIRE_ONLY: u32 = 1;
 /// `fuse_out_header`: length, code, and a request number that is 0 for notices.
 const HEADER_BYTES: usize = 16;
+
+/// What the kernel understands, as the handshake told.
+#[derive(Debug, Default)]
+pub struct Abilities {
+    /// `FUSE_EXPIRE_ONLY`.
+    pub expire: AtomicBool,
+    /// `FUSE_NOTIFY_INC_EPOCH`.
+    pub epoch: AtomicBool,
+}
 
 /// A second descriptor of the mount's `/dev/fuse`, for notices only.
 #[derive(Debug)]
 pub struct NoticeChannel {
     device: File,
-    /// The kernel knows `FUSE_EXPIRE_ONLY`.
     can_expire: bool,
+    can_sweep: bool,
+    mountpoint: PathBuf,
 }
 
 impl NoticeChannel {
-    pub fn new(device: OwnedFd, can_expire: bool) -> Self {
-        Self { device: File::from(device), can_expire }
+    pub fn new(device: OwnedFd, kernel: &Abilities, mountpoint: PathBuf) -> Self {
+        let (can_expire, can_sweep) = (kernel.expire.load(Relaxed), kernel.epoch.load(Relaxed));
+        Self { device: File::from(device), can_expire, can_sweep, mountpoint }
+    }
+
+    /// Makes the kernel throw out every name it knows when it comes upon it next. Waits for nobody.
+    /// `false`: it cannot, or must not, because something is mounted inside, which would be detached
+    /// with the name it is mounted on.
+    pub fn forget_names(&self) -> bool {
+        let may = self.can_sweep && !mountinfo::any_inside(&self.mountpoint).unwrap_or(true);
+        may && self.send(NOTIFY_INC_EPOCH, &[]).inspect_err(|error| tracing::warn!(%error, "no sweep of names")).is_ok()
     }
 
     /// Makes the kernel ask again for `name`, or throw it out when it is gone. Waits for the kernel's

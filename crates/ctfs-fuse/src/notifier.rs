@@ -1,42 +1,57 @@
 //! Takes back what the kernel keeps when another server changed it, and says how far it got.
 //!
 //! Telling the kernel can wait: expiring a name needs the directory's lock, which the kernel holds
-//! while a local program's `mkdir` there waits for the cluster; dropping pages waits for reads
-//! and writes of them. Were the change acknowledged only afterwards, two servers making names in
-//! one directory would wait for each other. So nothing that holds a request up is ever called from
-//! a request, and an acknowledgement waits for the kernel or for the end of every timeout given
-//! before, whichever comes first. The rules are scenario 1 of the coherence page.
+//! while a local program's `mkdir` or lookup there waits for the cluster; dropping pages waits for
+//! reads and writes of them. Were the change acknowledged only afterwards, two servers making names
+//! in one directory would wait for each other. So nothing that holds a request up is ever called
+//! from a request, and an acknowledgement does not wait for whoever waits for it. The rules are
+//! scenario 1 of the coherence page.
 //!
-//! - A name: [`Caches`] gives no timeout for names of the directory from the mark on. Once the
-//!   longest earlier timeout has run out the kernel asks again anyway.
-//! - Attributes: the same, and telling them waits for nobody.
-//! - Pages: at once, if a request that holds pages of the file waits for the cluster; else after the
-//!   same time the change is acknowledged although a read or write of those very
-//!   pages is still under way; the drop follows it at once, and the next open starts without pages.
+//! - A name: [`Caches`] gives no timeout for names of the directory from the mark on. If the
+//!   directory's lock is not to be had in a moment, the kernel is made to throw out every name
+//!   ([`NoticeChannel::forget_names`]), which takes no lock; the expiry follows when the lock is free.
+//! - Attributes: telling them waits for nobody.
+//! - Pages: at once, if a request that holds pages of the file waits for the cluster. Its pages are
+//!   dropped right after its answer.
+//!
+//! The last resort, where the kernel cannot sweep names or a read of those very pages takes long, is
+//! to acknowledge when the longest timeout given before has run out. Pages are dropped as soon
+//! as the read ends, and the next open starts without any. It is counted and logged.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use ctfs_meta::Change;
 use ctfs_types::{Ino, LogIndex};
-use ctfs_vfs::{KernelCache, Vfs};
+use ctfs_vfs::{CACHE_TIMEOUT_MAX, KernelCache, Vfs};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 
-use crate::{caches::Caches, notice::NoticeChannel};
+use crate::{
+    caches::{Caches, Kept},
+    notice::NoticeChannel,
+};
 
-/// The longest timeout a reply carries (one second, see `Vfs::cache_timeout`), and a margin for the
-/// kernel's clock ticks.
-const TIMEOUTS_RUN_OUT: Duration = Duration::from_millis(1050);
+/// The longest timeout a reply carries, and a margin for the kernel's clock ticks.
+const TIMEOUTS_RUN_OUT: Duration = CACHE_TIMEOUT_MAX.saturating_add(Duration::from_millis(50));
+/// An expiry that takes so much longer than an expiry does waits for a directory's lock. It is also
+/// well above what the kernel takes to work in an answer that it has been given: the names of one
+/// that came before the mark must not come after the sweep, which would not find them.
+const SWEEP_AFTER: Duration = Duration::from_millis(20);
 /// Changes waiting to be told; past it the kernel is told to forget everything instead.
 const JOBS_MAX: usize = 65536;
+/// Inodes in a directory that are told of one by one; past it everything counts as just changed.
+const CHILDREN_MAX: usize = 8192;
 /// Threads that tell; one blocked by a directory or a page must not hold up the others.
 const NAME_THREADS: usize = 2;
-const INODE_THREADS: usize = 3;
+const PAGE_THREADS: usize = 8;
 
 /// Tells one mount's kernel. Cheap to clone.
 #[derive(Clone)]
@@ -50,10 +65,14 @@ struct Shared {
     channel: NoticeChannel,
     state: Mutex<State>,
     names_ready: Condvar,
-    inodes_ready: Condvar,
+    attrs_ready: Condvar,
+    pages_ready: Condvar,
     /// Something became outstanding, or the end.
     outstanding: Condvar,
     told: watch::Sender<LogIndex>,
+    /// Acknowledgements that only the end of all timeouts made possible.
+    last_resorts: AtomicU64,
+    sweeps: AtomicU64,
 }
 
 #[derive(Default)]
@@ -61,7 +80,8 @@ struct State {
     applied: LogIndex,
     next_job: u64,
     names: VecDeque<Job>,
-    inodes: VecDeque<Job>,
+    attrs: VecDeque<Job>,
+    pages: VecDeque<Job>,
     /// Jobs that hold up an acknowledgement, by number.
     holding: BTreeMap<u64, Held>,
     stopping: bool,
@@ -72,8 +92,15 @@ struct State {
 struct Held {
     index: LogIndex,
     since: Instant,
-    /// The file whose pages are dropped, if it is about pages.
-    pages_of: Option<Ino>,
+    what: What,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    NamesIn(Ino),
+    Attr,
+    PagesOf(Ino),
+    Everything,
 }
 
 struct Job {
@@ -94,9 +121,12 @@ impl Notifier {
             channel,
             state: Mutex::default(),
             names_ready: Condvar::new(),
-            inodes_ready: Condvar::new(),
+            attrs_ready: Condvar::new(),
+            pages_ready: Condvar::new(),
             outstanding: Condvar::new(),
             told: watch::Sender::new(LogIndex(0)),
+            last_resorts: AtomicU64::new(0),
+            sweeps: AtomicU64::new(0),
         });
         let spawn = |name: String, body: fn(&Shared)| {
             let shared = shared.clone();
@@ -105,12 +135,11 @@ impl Notifier {
         for thread in 0..NAME_THREADS {
             spawn(format!("ctfs-names-{thread}"), |shared| shared.tell(|state| &mut state.names, &shared.names_ready))?;
         }
-        for thread in 0..INODE_THREADS {
-            spawn(format!("ctfs-inodes-{thread}"), |shared| {
-                shared.tell(|state| &mut state.inodes, &shared.inodes_ready);
-            })?;
+        spawn("ctfs-attrs".into(), |shared| shared.tell(|state| &mut state.attrs, &shared.attrs_ready))?;
+        for thread in 0..PAGE_THREADS {
+            spawn(format!("ctfs-pages-{thread}"), |shared| shared.tell(|state| &mut state.pages, &shared.pages_ready))?;
         }
-        spawn("ctfs-timeouts".into(), Shared::let_timeouts_run_out)?;
+        spawn("ctfs-timeouts".into(), Shared::watch_outstanding)?;
         Ok(Self { shared })
     }
 
@@ -131,16 +160,28 @@ impl Notifier {
         self.shared.told.subscribe()
     }
 
+    /// Acknowledgements so far that had to wait until every timeout given before had run out.
+    pub fn last_resorts(&self) -> u64 {
+        self.shared.last_resorts.load(Relaxed)
+    }
+
+    /// How often the kernel was made to throw out all names.
+    pub fn sweeps(&self) -> u64 {
+        self.shared.sweeps.load(Relaxed)
+    }
+
     /// Ends the threads; whatever was applied counts as told, for there is no kernel any more.
     pub(crate) fn stop(&self) {
         let mut state = self.shared.state.lock();
         state.stopping = true;
         state.names.clear();
-        state.inodes.clear();
+        state.attrs.clear();
+        state.pages.clear();
         state.holding.clear();
         self.shared.advance(&state);
         self.shared.names_ready.notify_all();
-        self.shared.inodes_ready.notify_all();
+        self.shared.attrs_ready.notify_all();
+        self.shared.pages_ready.notify_all();
         self.shared.outstanding.notify_all();
     }
 }
@@ -153,7 +194,7 @@ impl KernelCache for Notifier {
     fn pages_wait(&self, ino: Ino) {
         let mut state = self.shared.state.lock();
         let before = state.holding.len();
-        state.holding.retain(|_, held| held.pages_of != Some(ino));
+        state.holding.retain(|_, held| held.what != What::PagesOf(ino));
         if state.holding.len() < before {
             self.shared.advance(&state);
         }
@@ -162,9 +203,10 @@ impl KernelCache for Notifier {
 
 impl Shared {
     fn enqueue(&self, index: Option<LogIndex>, changes: Vec<Change>) {
+        let changes = changes.into_iter().flat_map(|change| self.with_children(change));
         // Marked before anything is told, and outside the lock of the queue.
         let changes: Vec<(Change, bool)> =
-            changes.into_iter().filter_map(|change| self.mark(&change).map(|holds| (change, holds))).collect();
+            changes.filter_map(|change| self.mark(&change).map(|holds| (change, holds))).collect();
 
         let mut state = self.state.lock();
         if let Some(index) = index {
@@ -174,7 +216,7 @@ impl Shared {
             self.advance(&state);
             return;
         }
-        if state.names.len() + state.inodes.len() + changes.len() > JOBS_MAX {
+        if state.names.len() + state.attrs.len() + state.pages.len() + changes.len() > JOBS_MAX {
             tracing::warn!("the kernel is told too slowly; telling it to forget everything");
             self.forget_everything(&mut state);
             return;
@@ -182,8 +224,7 @@ impl Shared {
         for (change, holds) in changes {
             // What no entry caused holds no entry up.
             let holds = holds && index.is_some();
-            let is_name = matches!(change, Change::Entry { .. });
-            self.push(&mut state, is_name, Forget::Change(change), holds);
+            self.push(&mut state, Forget::Change(change), holds);
         }
         self.advance(&state);
     }
@@ -193,9 +234,15 @@ impl Shared {
     fn mark(&self, change: &Change) -> Option<bool> {
         match change {
             Change::Entry { parent, .. } => {
-                let since = self.caches.mark_directory(*parent);
+                let kept = self.caches.mark_directory(*parent);
                 // No timeout given before the mark is still running: the kernel asks anyway.
-                self.caches.is_known(*parent).then(|| since.elapsed() < TIMEOUTS_RUN_OUT)
+                let keeps = matches!(kept, Kept::Before(since) if since.elapsed() < TIMEOUTS_RUN_OUT);
+                self.caches.is_known(*parent).then_some(keeps)
+            }
+            Change::Children { dir } => {
+                let kept = self.caches.mark_directory(*dir);
+                let keeps = matches!(kept, Kept::Before(since) if since.elapsed() < TIMEOUTS_RUN_OUT);
+                (self.caches.is_known(*dir) && keeps).then_some(true)
             }
             Change::Attr { ino } | Change::Orphaned { ino } => {
                 self.caches.mark_inode(*ino);
@@ -218,34 +265,53 @@ impl Shared {
         }
     }
 
+    /// With a directory goes what the kernel keeps of anything in it: another server may change that
+    /// from here on and tell nobody.
+    fn with_children(&self, change: Change) -> Vec<Change> {
+        let Change::Children { dir } = change else { return vec![change] };
+        let children = self.vfs.inodes_in(dir, CHILDREN_MAX);
+        if children.len() >= CHILDREN_MAX {
+            self.caches.mark_everything();
+        }
+        let below = children.into_iter().flat_map(|ino| {
+            [Change::Attr { ino }, Change::Data { ino, offset: 0, len: u64::MAX }]
+        });
+        std::iter::once(change).chain(below).collect()
+    }
+
     fn forget_everything(&self, state: &mut State) {
         self.caches.mark_everything();
         state.names.clear();
-        state.inodes.clear();
+        state.attrs.clear();
+        state.pages.clear();
         // Each entry not acknowledged so far waits for the one job that replaces them all.
         let oldest = state.holding.values().next().copied();
         state.holding.clear();
-        self.push(state, false, Forget::Everything, true);
+        self.push(state, Forget::Everything, true);
         if let (Some(oldest), Some(held)) = (oldest, state.holding.values_mut().next()) {
-            *held = Held { since: oldest.since.max(held.since), ..oldest };
+            *held = Held { index: oldest.index, ..*held };
         }
         self.advance(state);
     }
 
-    fn push(&self, state: &mut State, is_name: bool, change: Forget, holds: bool) {
+    fn push(&self, state: &mut State, change: Forget, holds: bool) {
         let number = state.next_job;
         state.next_job += 1;
+        let what = match &change {
+            Forget::Change(Change::Entry { parent: dir, .. } | Change::Children { dir }) => What::NamesIn(*dir),
+            Forget::Change(Change::Data { ino, .. }) => What::PagesOf(*ino),
+            Forget::Change(_) => What::Attr,
+            Forget::Everything => What::Everything,
+        };
         if holds {
-            let pages_of = match &change {
-                Forget::Change(Change::Data { ino, .. }) => Some(*ino),
-                _ => None,
-            };
-            let held = Held { index: state.applied, since: Instant::now(), pages_of };
-            state.holding.insert(number, held);
+            state.holding.insert(number, Held { index: state.applied, since: Instant::now(), what });
             self.outstanding.notify_one();
         }
-        let (queue, ready) =
-            if is_name { (&mut state.names, &self.names_ready) } else { (&mut state.inodes, &self.inodes_ready) };
+        let (queue, ready) = match what {
+            What::NamesIn(_) => (&mut state.names, &self.names_ready),
+            What::Attr => (&mut state.attrs, &self.attrs_ready),
+            What::PagesOf(_) | What::Everything => (&mut state.pages, &self.pages_ready),
+        };
         queue.push_back(Job { number, change });
         ready.notify_one();
     }
@@ -277,15 +343,16 @@ impl Shared {
                 continue;
             };
             drop(state);
-            self.tell_one(&job.change);
+            let told = self.tell_one(&job.change);
             state = self.state.lock();
-            if state.holding.remove(&job.number).is_some() {
+            if told && state.holding.remove(&job.number).is_some() {
                 self.advance(&state);
             }
         }
     }
 
-    fn tell_one(&self, change: &Forget) {
+    /// Answers whether the kernel keeps nothing of it any more.
+    fn tell_one(&self, change: &Forget) -> bool {
         let told = match change {
             Forget::Change(Change::Entry { parent, name }) => {
                 self.channel.forget_entry(*parent, name, self.vfs.is_name_gone(*parent, name))
@@ -294,40 +361,107 @@ impl Shared {
                 self.channel.forget_pages(*ino, *offset, if *len == u64::MAX { 0 } else { *len })
             }
             Forget::Change(Change::Attr { ino } | Change::Orphaned { ino }) => self.channel.forget_attr(*ino),
+            // All its names, also those that are not there: they go with the next sweep.
+            Forget::Change(Change::Children { .. }) => return false,
             Forget::Change(_) => Ok(()),
-            Forget::Everything => {
-                self.caches.known().into_iter().try_for_each(|ino| self.channel.forget_pages(ino, 0, 0))
-            }
+            Forget::Everything => return self.tell_everything(),
         };
         if let Err(error) = told {
             // Its timeout runs out by itself; only pages could stay, and the next open drops them.
             tracing::warn!(%error, "the kernel did not take a notice");
         }
+        true
     }
 
-    /// Lets acknowledgements go on when every timeout given before has run out.
-    fn let_timeouts_run_out(&self) {
+    /// Pages first, for they have no timeout. Names the kernel may keep until theirs have run out, if
+    /// they cannot be swept.
+    fn tell_everything(&self) -> bool {
+        let marked = Instant::now();
+        for ino in self.caches.known() {
+            if let Err(error) = self.channel.forget_pages(ino, 0, 0) {
+                tracing::warn!(%error, "the kernel did not take a notice");
+            }
+        }
+        // Answers given before the mark are in the kernel by then.
+        thread::sleep(SWEEP_AFTER.saturating_sub(marked.elapsed()));
+        self.sweep()
+    }
+
+    fn sweep(&self) -> bool {
+        let swept = self.channel.forget_names();
+        if swept {
+            self.sweeps.fetch_add(1, Relaxed);
+        }
+        swept
+    }
+
+    /// Lets acknowledgements go on that wait for what the kernel holds locked.
+    fn watch_outstanding(&self) {
         let mut state = self.state.lock();
+        // Where names cannot be swept, only the end of all timeouts helps.
+        let mut sweep_again = Instant::now();
         while !state.stopping {
             let now = Instant::now();
-            let mut expired = false;
-            while let Some(oldest) = state.holding.first_entry() {
-                if now.duration_since(oldest.get().since) < TIMEOUTS_RUN_OUT {
-                    break;
-                }
-                oldest.remove();
-                expired = true;
+            self.let_timeouts_run_out(&mut state, now);
+            let stuck = |held: &&Held| matches!(held.what, What::NamesIn(_)) && now >= held.since + SWEEP_AFTER;
+            if now >= sweep_again && state.holding.values().any(|held| stuck(&held)) {
+                drop(state);
+                let swept = self.sweep_stuck(now);
+                state = self.state.lock();
+                sweep_again = now + if swept { SWEEP_AFTER } else { TIMEOUTS_RUN_OUT };
+                continue;
             }
-            if expired {
-                tracing::debug!("acknowledged after the kernel's timeouts ran out");
-                self.vfs.distrust_pages();
-                self.advance(&state);
-            }
-            let next = state.holding.values().next().map(|held| held.since + TIMEOUTS_RUN_OUT);
-            match next {
+            let next = state.holding.values().map(|held| match held.what {
+                What::NamesIn(_) => sweep_again.max(held.since + SWEEP_AFTER).min(held.since + TIMEOUTS_RUN_OUT),
+                _ => held.since + TIMEOUTS_RUN_OUT,
+            });
+            match next.min() {
                 Some(at) => drop(self.outstanding.wait_until(&mut state, at)),
                 None => self.outstanding.wait(&mut state),
             }
+        }
+    }
+
+    /// Takes every name from the kernel, and releases those whose directories were given no timeout
+    /// for a while: the others' could still be on their way.
+    fn sweep_stuck(&self, now: Instant) -> bool {
+        let before = now.checked_sub(SWEEP_AFTER).unwrap_or(now);
+        let dirs: BTreeSet<Ino> = self.state.lock().holding.values().filter_map(|held| held.what.directory()).collect();
+        let dirs = self.caches.marked_before(dirs.into_iter(), before);
+        if !self.sweep() {
+            return false;
+        }
+        self.caches.swept(&dirs, before);
+        let mut state = self.state.lock();
+        // What came after the sweep is of a directory of which the kernel was given nothing since.
+        state.holding.retain(|_, held| held.what.directory().is_none_or(|dir| !dirs.contains(&dir)));
+        self.advance(&state);
+        true
+    }
+
+    fn let_timeouts_run_out(&self, state: &mut State, now: Instant) {
+        let late = |held: &Held| now.duration_since(held.since) >= TIMEOUTS_RUN_OUT;
+        let expired: Vec<What> = state.holding.values().filter(|held| late(held)).map(|held| held.what).collect();
+        if expired.is_empty() {
+            return;
+        }
+        state.holding.retain(|_, held| !late(held));
+        // Of everything, only names are left by now, and this is how they end.
+        let resorts = expired.iter().filter(|what| **what != What::Everything).count() as u64;
+        if resorts > 0 {
+            let count = self.last_resorts.fetch_add(resorts, Relaxed) + resorts;
+            tracing::warn!(count, "acknowledged only after the kernel's timeouts ran out");
+        }
+        self.vfs.distrust_pages();
+        self.advance(state);
+    }
+}
+
+impl What {
+    fn directory(self) -> Option<Ino> {
+        match self {
+            Self::NamesIn(dir) => Some(dir),
+            Self::Attr | Self::PagesOf(_) | Self::Everything => None,
         }
     }
 }

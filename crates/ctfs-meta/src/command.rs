@@ -3,7 +3,7 @@
 //! A [`Command`] is what the log carries. Everything that depends on time, chance or the caller
 //! is inside it, so that every replica reaches the same verdict.
 
-use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileName, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp};
+use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileName, Holder, Incarnation, Ino, NodeId, RequestId, Stamp, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -67,8 +67,9 @@ pub enum Op {
     ForgetChunks { chunks: Vec<ChunkId> },
 
     // Who may buffer.
-    /// From here on `holder` alone may buffer writes to a file. Taking what several servers use
-    /// needs `although_shared`. Taking it once more makes the holding a new one.
+    /// From here on `holder` alone may buffer writes to a file, or change the names in a directory and
+    /// what is only there. Taking what several servers use needs `although_shared`. Taking it once more
+    /// makes the holding a new one.
     Own { ino: Ino, holder: Holder, although_shared: bool },
     /// The holder has nothing buffered any more, and gives these files up. Those that it does not
     /// hold since just that request are passed over: the command was late. `shared`: it goes on using
@@ -115,7 +116,14 @@ pub enum Op {
     /// Lets a shared lock that waits in past exclusive ones that wait, unless something held excludes
     /// it; then it goes on waiting. [`crate::MetaError::NotWaiting`]: it was granted before.
     Overtake { ino: Ino, owner: LockOwner, ticket: u64 },
+    /// Sets numbers aside that only this client makes inodes under ([`NewNode::ino`]), until its life
+    /// ends: answered by [`Reply::Inos`]. From 1 to [`INOS_RESERVED_MAX`] of them.
+    ReserveInos { count: u32 },
 }
+
+/// Most numbers that one [`Op::ReserveInos`] sets aside. So many that a busy server asks a few times
+/// an hour; numbers of 64 bits last for 2^48 times of it.
+pub const INOS_RESERVED_MAX: u32 = 1 << 16;
 
 /// Who the cluster is, replicated so that every server can sign joiners.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,8 +147,14 @@ pub struct NewNode {
     pub gid: u32,
     /// `O_EXCL`: refuse when the name exists. Without it an existing file is returned as it is.
     pub exclusive: bool,
-    /// A file that is opened for writing as it is made: held by its maker from birth.
+    /// A file that is opened for writing as it is made, or a directory in one that its maker holds:
+    /// held by its maker from birth.
     pub holder: Option<Holder>,
+    /// The number it gets, from a range that this client has reserved and within it past all that
+    /// were taken: those in between are never used. `None`: the next of the volume.
+    pub ino: Option<Ino>,
+    /// Its grid; `None`: as the directories above it say.
+    pub cell: Option<CellSize>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,9 +208,9 @@ pub enum XattrMode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CellWrite {
     pub cell: CellIndex,
-    /// The stamp the writer merged its bytes over; index 0 stands for a hole. Anything else in
+    /// The stamp the writer merged its bytes over; 0 stands for a hole. Anything else in
     /// the metadata means that somebody wrote meanwhile: [`crate::MetaError::CellChanged`].
-    pub expect: LogIndex,
+    pub expect: Stamp,
     /// Offset of the data inside the cell.
     pub start: u32,
     /// `None` makes the cell a hole.
@@ -242,12 +256,14 @@ pub enum Reply {
     Entry { attr: Attr, made: bool },
     Attr(Attr),
     /// The attributes and, for each cell of a [`Op::Write`], its new stamp.
-    Written { attr: Attr, stamp: LogIndex },
+    Written { attr: Attr, stamp: Stamp },
     Joined { member: Member },
     /// The lock is held.
     Locked,
     /// The lock is waited for.
     Queued,
+    /// The numbers `[first, first + count)` are set aside.
+    Inos { first: Ino, count: u32 },
 }
 
 /// What a replica's neighbours must know after a command was applied.
@@ -269,8 +285,10 @@ pub enum Change {
     LockGranted { owner: LockOwner, ticket: u64 },
     /// Waiting under this ticket is over without a lock: the life of its server ended, or the inode.
     LockWaitEnded { owner: LockOwner, ticket: u64 },
-    /// Another server holds the file now, or none.
+    /// Another server holds the file or directory now, or none.
     Usage { ino: Ino },
+    /// A server holds the directory from here on: what others keep of anything in it may be old soon.
+    Children { dir: Ino },
     /// First reference to a chunk, or a wish for more copies of it.
     ChunkWanted { chunk: ChunkId },
     /// Nothing refers to the chunk any more and its grace time is over: copies may go.
@@ -278,6 +296,42 @@ pub enum Change {
     Members,
     /// The life was ended from outside.
     Fenced { node: NodeId, incarnation: Incarnation },
+}
+
+/// What a read of the namespace looks at, and a change is about.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Subject {
+    /// Attributes, extended attributes, bytes, holder.
+    Inode(Ino),
+    /// Who holds the file.
+    Holder(Ino),
+    /// What one name in a directory leads to.
+    Name(Ino, FileName),
+    /// All names in a directory.
+    Names(Ino),
+}
+
+impl Change {
+    /// What looks different since the change; nothing for what concerns no reader of files.
+    pub fn subjects(&self) -> impl Iterator<Item = Subject> + use<> {
+        let (one, other) = match self {
+            Self::Entry { parent, name } => (Some(Subject::Name(*parent, name.clone())), Some(Subject::Names(*parent))),
+            Self::Attr { ino }
+            | Self::Data { ino, .. }
+            | Self::Orphaned { ino }
+            | Self::Reaped { ino } => (Some(Subject::Inode(*ino)), None),
+            // Whoever looks below asks the holder; the directory's own change is told with it.
+            Self::Children { .. } => (None, None),
+            Self::Usage { ino } => (Some(Subject::Inode(*ino)), Some(Subject::Holder(*ino))),
+            Self::LockGranted { .. }
+            | Self::LockWaitEnded { .. }
+            | Self::ChunkWanted { .. }
+            | Self::ChunkForgotten { .. }
+            | Self::Members
+            | Self::Fenced { .. } => (None, None),
+        };
+        one.into_iter().chain(other)
+    }
 }
 
 /// A cell and its extent, as reads and `ctfs info` see it.

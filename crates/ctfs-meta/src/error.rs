@@ -3,7 +3,7 @@
 use ctfs_types::{CellIndex, FileName, Holder, Ino};
 use serde::{Deserialize, Serialize};
 
-use crate::command::Lock;
+use crate::command::{INOS_RESERVED_MAX, Lock};
 
 /// A verdict of the state machine: every replica returns the same one for the same log entry.
 ///
@@ -85,4 +85,12 @@ pub enum MetaError {
     TooManyWaiters,
     #[error("not in the queue for this lock")]
     NotWaiting,
+    /// Not in a range that the client has reserved, or taken or passed over there.
+    #[error("inode number {0} is not reserved for this server")]
+    NumberNotReserved(Ino),
+    #[error("{0} inode numbers cannot be reserved at once, but 1 to {INOS_RESERVED_MAX}")]
+    BadReservation(u32),
+    /// Those that the client has must be used up first.
+    #[error("too many ranges of inode numbers are reserved for this server")]
+    TooManyReservations,
 }

@@ -21,11 +21,11 @@ mod tests;
 
 pub use command::{
     Cell, CellWrite, Change, ClusterIdentity, Command, EffectivePolicy, Lock, LockKind, LockOwner, NewContent, NewNode,
-    Op, RenameMode, Reply, SetAttr, XattrMode,
+    INOS_RESERVED_MAX, Op, RenameMode, Reply, SetAttr, Subject, XattrMode,
 };
 pub use error::MetaError;
 pub use member::{Member, MemberState, Policy, TokenRecord};
-pub use namespace::{Applied, ChunkRecord, DirEntry, Namespace, Totals, Wish};
+pub use namespace::{AHEAD_MAX, Ahead, Applied, ChunkRecord, Cover, DirEntry, Namespace, Totals, Wish};
 pub use quota::{Quota, QuotaUse};
 pub use store::{Batch, MemoryStore, Store, StoreError};
 

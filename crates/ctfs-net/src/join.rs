@@ -34,10 +34,18 @@ const HANDLER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time for the answer to arrive before the connection is closed.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A cluster's yes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Joined {
+    pub reply: Vec<u8>,
+    /// To the server that answered.
+    pub rtt: Duration,
+}
+
 /// How asking one server went.
 enum Asked {
     /// The cluster has spoken.
-    Verdict(Result<Vec<u8>, NetError>),
+    Verdict(Result<Joined, NetError>),
     /// Another server may do better.
     Next(NetError),
 }
@@ -48,7 +56,7 @@ pub(crate) async fn ask(
     identity: &Identity,
     request: Vec<u8>,
     deadline: Duration,
-) -> Result<Vec<u8>, NetError> {
+) -> Result<Joined, NetError> {
     if request.len() > JOIN_BYTES_MAX {
         return Err(NetError::TooLong);
     }
@@ -108,7 +116,7 @@ async fn ask_one(
         }
     };
     match exchange(&connection, request).await {
-        Ok((Status::Done, reply)) => Asked::Verdict(Ok(reply)),
+        Ok((Status::Done, reply)) => Asked::Verdict(Ok(Joined { reply, rtt: connection.rtt() })),
         Ok((Status::Refused, why)) => {
             Asked::Verdict(Err(NetError::Refused(String::from_utf8_lossy(&why).into_owned())))
         }

@@ -50,6 +50,7 @@ use ctfs_types::NodeId;
 pub use authority::{Authority, CaDer};
 pub use error::{IdentityError, NetError, TokenError};
 pub use identity::{Identity, key_hash, node_of};
+pub use join::Joined;
 pub use network::{Network, PeerStatus};
 pub use settings::NetSettings;
 pub use token::JoinToken;

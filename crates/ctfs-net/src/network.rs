@@ -243,7 +243,7 @@ impl Network {
         identity: &Identity,
         request: Vec<u8>,
         deadline: Duration,
-    ) -> Result<Vec<u8>, NetError> {
+    ) -> Result<join::Joined, NetError> {
         join::ask(addresses, ca_hash, identity, request, deadline).await
     }
 

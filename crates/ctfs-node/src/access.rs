@@ -6,9 +6,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{ChunkError, Chunks, PutError};
 use ctfs_consensus::{Consensus, ProposeError};
-use ctfs_meta::{Op, Reply, SharedNamespace};
+use ctfs_meta::{Op, Reply, SharedNamespace, Subject};
 use ctfs_net::Network;
-use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, NodeId};
+use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
 use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport};
 
 use crate::{
@@ -58,6 +58,14 @@ impl Metadata for ReplicatedMetadata {
         Arc::new(Agreed(self.consensus.request()))
     }
 
+    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>> {
+        Some(self.consensus.happen(op)?.map_err(FsError::Meta))
+    }
+
+    async fn settled(&self) -> Result<(), FsError> {
+        self.consensus.await_streamed().await.map_err(no_quorum)
+    }
+
     async fn barrier(&self) -> Result<(), FsError> {
         self.consensus.barrier().await.map_err(no_quorum)
     }
@@ -70,8 +78,20 @@ impl Metadata for ReplicatedMetadata {
         self.consensus.incarnation()
     }
 
-    fn leased(&self) -> bool {
-        self.consensus.leased()
+    fn leased_for(&self) -> Duration {
+        self.consensus.leased_for()
+    }
+
+    fn ahead(&self) -> Option<LogIndex> {
+        self.consensus.ahead()
+    }
+
+    fn unseen_change(&self, subject: &Subject) -> Option<LogIndex> {
+        self.consensus.unseen_change(subject)
+    }
+
+    async fn await_visible(&self, index: LogIndex) -> Result<(), FsError> {
+        self.consensus.await_visible(index).await.map_err(no_quorum)
     }
 }
 

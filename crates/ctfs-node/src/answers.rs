@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use ctfs_chunk::{ChunkPeers, Placement, tier::Residency};
 use ctfs_meta::{Cell, Member, MemberState, Op, Policy};
 use ctfs_types::{Attr, ByteSize, ChunkId, ExtentData, FileKind, FileName, Ino, NodeId};
+use ctfs_vfs::FsError;
 
 use crate::{
     admin::{
@@ -354,12 +355,12 @@ impl Node {
     }
 
     async fn set_policy(&self, ino: Ino, policy: Policy) -> Result<(), Problem> {
-        match self.consensus.propose(Op::SetPolicy { ino, policy }).await {
-            Ok(Ok(_)) => {
+        match self.vfs.propose(Op::SetPolicy { ino, policy }).await {
+            Ok(_) => {
                 self.repair.walk_soon();
                 Ok(())
             }
-            Ok(Err(verdict)) => Err(Problem::new(Code::InvalidArgument, verdict.to_string())),
+            Err(FsError::Meta(verdict)) => Err(Problem::new(Code::InvalidArgument, verdict.to_string())),
             Err(error) => Err(Problem::no_quorum(&error.to_string())),
         }
     }

@@ -82,6 +82,16 @@ impl Events {
         self.members.subscribe()
     }
 
+    /// Nobody waits for this server's kernel any more: what it keeps can be old from now on.
+    pub fn lease_lapsed(&self) {
+        if let Some(vfs) = self.vfs.get() {
+            vfs.distrust_pages();
+        }
+        if let Some(notifier) = self.notifier.lock().as_ref() {
+            notifier.forget_everything();
+        }
+    }
+
     fn told(&self, index: LogIndex) {
         self.invalidated.send_if_modified(|told| {
             let newer = index > *told;
@@ -135,6 +145,13 @@ impl Observer for Events {
                 notifier.apply(index, foreign.collect());
             }
             None => self.told(index),
+        }
+    }
+
+    fn happened(&self, changes: &[Change]) {
+        // The kernel knows: its own request did it.
+        if let Some(vfs) = self.vfs.get() {
+            vfs.changed(changes);
         }
     }
 

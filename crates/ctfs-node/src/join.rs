@@ -119,15 +119,18 @@ fn refusal(verdict: MetaError) -> Problem {
     }
 }
 
-/// Asks a cluster to let this server in.
+/// Asks a cluster to let this server in. The answer comes with the round trip it took.
 ///
 /// # Errors
 /// E0107 when nobody answers, E0111 when whoever answers is not the token's cluster, else what
 /// the cluster said.
-pub async fn ask(token: &JoinToken, identity: &Identity, request: JoinRequest) -> Result<JoinReply, Problem> {
+pub async fn ask(token: &JoinToken, identity: &Identity, request: JoinRequest) -> Result<(JoinReply, Duration), Problem> {
     let bytes = messages::encode(&request);
     match Network::join(&token.addresses, token.ca_hash, identity, bytes, JOIN_DEADLINE).await {
-        Ok(reply) => messages::decode(&reply).map_err(|why| Problem::join_refused(&why)),
+        Ok(joined) => {
+            let reply = messages::decode(&joined.reply).map_err(|why| Problem::join_refused(&why))?;
+            Ok((reply, joined.rtt))
+        }
         Err(NetError::Refused(why)) => {
             Err(serde_json::from_str(&why).unwrap_or_else(|_| Problem::join_refused(&why)))
         }

@@ -15,6 +15,7 @@ mod events;
 mod golden;
 mod interfaces;
 mod join;
+mod journal;
 mod life;
 mod members;
 mod messages;

@@ -64,6 +64,19 @@ pub async fn end_silent(node: Arc<Node>) {
     }
 }
 
+/// Has the kernel forget everything whenever the read lease has lapsed.
+pub async fn forget_at_lapse(node: Arc<Node>) {
+    let mut stopping = node.stop.subscribe();
+    loop {
+        tokio::select! {
+            () = node.consensus.lease_lapsed() => {}
+            () = stop::requested(&mut stopping) => return,
+        }
+        tracing::info!("the read lease has lapsed; the kernel's caches are dropped");
+        node.events.lease_lapsed();
+    }
+}
+
 /// Goes on in a new life whenever this one was ended.
 pub async fn outlive(node: Arc<Node>) {
     let mut stopping = node.stop.subscribe();
@@ -78,7 +91,13 @@ pub async fn outlive(node: Arc<Node>) {
         }
         tracing::warn!("the others went on without this server: unflushed writes and locks of its programs are lost");
         // Before the new life: it could write what the old one must not.
+        let lost = node.consensus.end_stream();
+        if !lost.is_empty() {
+            tracing::warn!(changes = lost.len(), "changes of directories that this server held did not reach the others");
+        }
         node.vfs.life_ended().await;
+        // The kernel was told of them, and of versions that come again.
+        node.events.lease_lapsed();
         let next = loop {
             let beginning = node.clone();
             match tokio::task::spawn_blocking(move || beginning.state.begin_life(beginning.id)).await {

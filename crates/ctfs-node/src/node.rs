@@ -18,12 +18,13 @@ use ctfs_fuse::{Mount, MountSettings};
 use ctfs_meta::{ClusterIdentity, Member, MemberState, MetaError, Op, Policy};
 use ctfs_net::{Authority, Identity, NetSettings, Network, PeerInfo};
 use ctfs_types::{Incarnation, Ino, NodeId, Timestamp};
-use ctfs_vfs::{Vfs, VfsSettings};
+use ctfs_vfs::{DelegationSettings, Vfs, VfsSettings};
 use parking_lot::Mutex;
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     stop,
+    journal::{Journals, ReplayError},
     access::{ClusterChunks, PeerHolders, ReplicatedMetadata},
     collect::Collector,
     events::Events,
@@ -50,8 +51,13 @@ const CATCH_UP: Duration = Duration::from_secs(30);
 /// `down` writes back what is dirty for this long before it gives up and says so.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(120);
 
+/// Whether servers take directories, to act ahead of the log there. Not before what `docs/plan.md` lists
+/// under steps 6 and 7 is mended.
+const HOLDS_DIRECTORIES: bool = false;
+
 /// A running server.
 pub struct Node {
+    journals: Journals,
     pub(crate) settings: NodeSettings,
     pub(crate) state: Arc<StateDir>,
     pub(crate) id: NodeId,
@@ -169,7 +175,11 @@ impl Node {
         let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: consensus.replica(), node: id });
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
-        let vfs = Vfs::new(metadata, cluster_chunks, Arc::new(PeerHolders { network: network.clone() }), tier, VfsSettings::default());
+        let vfs_settings = VfsSettings {
+            delegations: DelegationSettings { takes: HOLDS_DIRECTORIES, ..DelegationSettings::default() },
+            ..VfsSettings::default()
+        };
+        let vfs = Vfs::new(metadata, cluster_chunks, Arc::new(PeerHolders { network: network.clone() }), tier, vfs_settings);
         figures.watch_cache(vfs.clone(), same_disk(&settings.cache_dir, &state.join("chunks")));
         events.tell_vfs(vfs.clone());
         services.serve_vfs(vfs.clone());
@@ -181,7 +191,9 @@ impl Node {
         let doorman = Arc::new(Doorman::new(consensus.clone(), authority));
         services.serve_cluster(doorman.clone(), membership.clone(), figures.clone());
 
+        let journals = Journals::new(state.join("journal"), record.identity.id, id);
         let node = Arc::new(Self {
+            journals,
             doorman,
             settings,
             state,
@@ -230,13 +242,18 @@ impl Node {
         while Instant::now() < deadline {
             let member = self.member(self.id)?;
             if let Some(member) = member {
+                // Reporting this life ends the last one, and what it left behind.
+                if let Err(error) = self.journals.replay(incarnation, &self.consensus).await {
+                    last = self.not_replayed(error)?;
+                    continue;
+                }
                 let op = self.new_life(incarnation, &member);
                 let proposed = tokio::select! {
                     proposed = self.consensus.propose(op) => proposed,
                     () = self.membership.turned_away() => return Err(Problem::removed()),
                 };
                 match proposed {
-                    Ok(Ok(_)) => return Ok(()),
+                    Ok(Ok(_)) => return self.begin_journal(incarnation),
                     Ok(Err(MetaError::NoSuchMember)) => return Err(Problem::removed()),
                     Ok(Err(verdict)) => return Err(Problem::internal(&verdict.to_string())),
                     Err(ctfs_consensus::ProposeError::Stopped(why)) => return Err(Problem::metadata(&why)),
@@ -277,12 +294,27 @@ impl Node {
         let mut stopping = self.stop.subscribe();
         loop {
             let Ok(Some(member)) = self.member(self.id) else { return };
+            if let Err(error) = self.journals.replay(incarnation, &self.consensus).await {
+                match self.not_replayed(error) {
+                    Ok(problem) => tracing::debug!(why = problem.why, "an earlier life is not in the log yet"),
+                    Err(problem) => return self.end(problem),
+                }
+                if *stopping.borrow() {
+                    return;
+                }
+                continue;
+            }
             let proposed = tokio::select! {
                 proposed = self.consensus.propose(self.new_life(incarnation, &member)) => proposed,
                 () = stop::requested(&mut stopping) => return,
             };
             match proposed {
-                Ok(Ok(_)) => return,
+                Ok(Ok(_)) => {
+                    if let Err(problem) = self.begin_journal(incarnation) {
+                        self.end(problem);
+                    }
+                    return;
+                }
                 Ok(Err(MetaError::NoSuchMember)) => return self.end(Problem::removed()),
                 Ok(Err(verdict)) => return tracing::error!(%verdict, "cannot report this life"),
                 Err(ctfs_consensus::ProposeError::Stopped(_)) => return,
@@ -290,6 +322,25 @@ impl Node {
                 Err(error) => tracing::debug!(%error, "cannot report this life yet"),
             }
         }
+    }
+
+    /// Whether a journal of an earlier life can be sent later, or never.
+    fn not_replayed(&self, error: ReplayError) -> Result<Problem, Problem> {
+        match error {
+            ReplayError::Log(ctfs_consensus::ProposeError::Stopped(why)) => Err(Problem::metadata(&why)),
+            ReplayError::Log(error) => Ok(Problem::no_quorum(&error.to_string())),
+            damaged => Err(Problem::metadata(&format!("the journal of an earlier life cannot be read: {damaged}"))),
+        }
+    }
+
+    /// From here on this server may act ahead of the log, where it alone may change something.
+    fn begin_journal(&self, life: Incarnation) -> Result<(), Problem> {
+        if !HOLDS_DIRECTORIES {
+            return Ok(());
+        }
+        let journal = self.journals.begin(life).map_err(|error| Problem::metadata(&error.to_string()))?;
+        self.consensus.set_journal(journal);
+        Ok(())
     }
 
     /// From now on an empty log is a lost one.
@@ -430,6 +481,7 @@ impl Node {
         self.spawn(collector.run(stop()));
         self.spawn(life::end_silent(self.clone()));
         self.spawn(life::outlive(self.clone()));
+        self.spawn(life::forget_at_lapse(self.clone()));
 
         let node = Arc::downgrade(self);
         let (mut members, mut stopping) = (self.events.members(), stop());
@@ -630,13 +682,15 @@ async fn become_member(state: &StateDir, settings: &NodeSettings, token: &ctfs_n
         capacity: settings.capacity.0,
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let JoinReply { cluster, certificate, authority_key, members } = join::ask(token, &identity, request).await?;
+    let (JoinReply { cluster, certificate, authority_key, members }, rtt) = join::ask(token, &identity, request).await?;
     if *blake3::hash(&cluster.ca_certificate).as_bytes() != token.ca_hash {
         return Err(Problem::wrong_authority("the cluster named another authority than its certificate"));
     }
     let ca = ctfs_net::CaDer::from_der(&cluster.ca_certificate).map_err(internal)?;
     identity.install(&certificate, &ca).map_err(internal)?;
     state.write("ca.key", authority_key.as_bytes())?;
+    // The first life of this server votes already, so its timings are settled before it.
+    roundtrip::remember(state, rtt)?;
     state.set_peers(&members)?;
     // Last: with this record the state directory is a member's.
     state.set_cluster(&ClusterRecord {

@@ -4,6 +4,7 @@ use std::{os::unix::ffi::OsStrExt, path::PathBuf};
 
 use ctfs_meta::{MetaError, Namespace, Op, Quota, QuotaUse};
 use ctfs_types::{ByteSize, FileName, Ino};
+use ctfs_vfs::FsError;
 
 use crate::{
     admin::{LINE_BYTES_MAX, Limit, QuotaReport, QuotasReport, WirePath},
@@ -34,12 +35,12 @@ impl Node {
     }
 
     async fn put_quota(&self, ino: Ino, path: &WirePath, quota: Quota) -> Result<(), Problem> {
-        match self.consensus.propose(Op::SetQuota { ino, quota }).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(MetaError::NotDirectory(_))) => {
+        match self.vfs.propose(Op::SetQuota { ino, quota }).await {
+            Ok(_) => Ok(()),
+            Err(FsError::Meta(MetaError::NotDirectory(_))) => {
                 Err(Problem::new(Code::InvalidArgument, format!("{path} is no directory; a quota limits what is below one")))
             }
-            Ok(Err(verdict)) => Err(Problem::new(Code::InvalidArgument, verdict.to_string())),
+            Err(FsError::Meta(verdict)) => Err(Problem::new(Code::InvalidArgument, verdict.to_string())),
             Err(error) => Err(Problem::no_quorum(&error.to_string())),
         }
     }

@@ -12,7 +12,7 @@ use ctfs_net::Network;
 use ctfs_types::NodeId;
 use tokio::sync::watch;
 
-use crate::{state::StateDir, stop};
+use crate::{problem::Problem, state::StateDir, stop};
 
 /// File in the state directory: microseconds as text.
 const NAME: &str = "rtt";
@@ -28,6 +28,11 @@ const LOOKS_MIN: usize = 3;
 pub fn remembered(state: &StateDir) -> Option<Duration> {
     let text = String::from_utf8(state.read(NAME).ok()?).ok()?;
     text.trim().parse().ok().map(Duration::from_micros)
+}
+
+/// Settles the next life, or the first one of a server that joins.
+pub fn remember(state: &StateDir, rtt: Duration) -> Result<(), Problem> {
+    state.write(NAME, format!("{}\n", rtt.as_micros()).as_bytes())
 }
 
 /// Measures the members until `stop` turns true. `set_for` is what this life was started with.
@@ -47,12 +52,14 @@ pub async fn run(consensus: Consensus, network: Network, state: Arc<StateDir>, s
         });
         meter.look(&members.iter().map(|member| member.node).collect::<Vec<_>>(), seen);
         let Some(slowest) = meter.slowest() else { continue };
-        if !warned && Timings::for_rtt(slowest).election_min > Timings::for_rtt(set_for).election_min * 3 / 2 {
+        consensus.set_rtt(slowest);
+        let timings = Timings::for_rtt(set_for);
+        if !warned && timings.election_min + timings.election_max < slowest.min(Timings::RTT_MAX) * 10 {
             warned = true;
             tracing::warn!(?slowest, ?set_for, "the other servers are further away than elections here are set for; ctfs down and ctfs up sets them");
         }
         if written.is_none_or(|written| differs(written, slowest)) {
-            match state.write(NAME, format!("{}\n", slowest.as_micros()).as_bytes()) {
+            match remember(&state, slowest) {
                 Ok(()) => written = Some(slowest),
                 Err(problem) => tracing::warn!(what = problem.what, why = problem.why, "cannot remember how far the other servers are"),
             }

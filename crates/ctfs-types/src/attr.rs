@@ -68,8 +68,8 @@ pub struct Attr {
     pub btime: Timestamp,
     /// Device number of a character or block device, as `makedev(3)` packs it; else 0.
     pub rdev: u64,
-    /// Log index of the last change of the file's bytes or size; the kernel's page cache is
-    /// good while it stands still.
+    /// 1 when the inode is made, and one more with each command that changes its bytes or size; the
+    /// kernel's page cache is good while it stands still.
     pub data_version: u64,
     /// Cell size of a file's chunk grid.
     pub cell: crate::CellSize,

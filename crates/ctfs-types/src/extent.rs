@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ChunkId, LogIndex};
+use crate::{ChunkId, Stamp};
 
 /// The position of a cell in a file's grid: byte offset divided by the cell size.
 pub type CellIndex = u64;
@@ -69,8 +69,8 @@ pub struct Extent {
     /// Offset inside the cell at which the data begins.
     pub start: u32,
     pub data: ExtentData,
-    /// Log index of the command that last changed this cell; writers compare it (0 = hole).
-    pub stamp: LogIndex,
+    /// The inode's `data_version` when this cell last changed; writers compare it (0 = hole).
+    pub stamp: Stamp,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

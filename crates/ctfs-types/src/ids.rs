@@ -27,6 +27,12 @@ number! {
     LogIndex
 }
 number! {
+    /// When the bytes of an inode changed, counted by that inode alone: its `data_version` after the
+    /// command that did it. 0 is "never written", a hole. Stamps of different inodes say nothing of
+    /// each other, and nothing of the log.
+    Stamp
+}
+number! {
     /// One life of a server's daemon. A later life has a larger number.
     Incarnation
 }

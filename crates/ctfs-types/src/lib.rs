@@ -14,7 +14,7 @@ pub mod time;
 
 pub use attr::{Attr, FileKind, FileUse, Holder};
 pub use extent::{CellIndex, CellSize, Extent, ExtentData};
-pub use ids::{ChunkId, Incarnation, Ino, LogIndex, NodeId, RequestId};
+pub use ids::{ChunkId, Incarnation, Ino, LogIndex, NodeId, RequestId, Stamp};
 pub use name::{FileName, InvalidName};
 pub use size::ByteSize;
 pub use time::Timestamp;

@@ -2,24 +2,34 @@
 //!
 //! Implemented over consensus and the chunk stores in the node, and in memory in tests.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use ctfs_meta::{Op, Reply, SharedNamespace};
-use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, NodeId};
+use ctfs_meta::{Op, Reply, SharedNamespace, Subject};
+use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
 
 use crate::FsError;
 
 /// The replicated namespace, as this server sees it.
 #[async_trait]
 pub trait Metadata: Send + Sync + 'static {
-    /// The local replica. Reads under its lock are linearizable while [`Self::leased`] says so,
-    /// or right after [`Self::barrier`].
+    /// The local replica. Reads under its lock miss nothing while [`Self::leased`] says so, or right
+    /// after [`Self::barrier`]. What they show that is new must be visible before it is told.
     fn replica(&self) -> &SharedNamespace;
 
     /// A new request. Dropping it gives up what could be found out by it.
     fn request(&self) -> Arc<dyn Request>;
+
+    /// Has `op` happen at once, if this server alone may do that: others learn of it in its order, before
+    /// anything that is asked afterwards. `None`: it must be proposed.
+    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>>;
+
+    /// Returns when all that has happened here before the call is in the log.
+    ///
+    /// # Errors
+    /// [`FsError::NoQuorum`], [`FsError::Shutdown`].
+    async fn settled(&self) -> Result<(), FsError>;
 
     /// Has `op` happen once and answers when it is visible on every live server, and applied here.
     ///
@@ -46,7 +56,25 @@ pub trait Metadata: Send + Sync + 'static {
     }
 
     /// Whether this server's read lease holds at this moment.
-    fn leased(&self) -> bool;
+    fn leased(&self) -> bool {
+        !self.leased_for().is_zero()
+    }
+
+    /// For how long it holds if it is not renewed.
+    fn leased_for(&self) -> Duration;
+
+    /// The last entry that the replica shows, if other servers may not show it yet. Ask under the
+    /// replica's lock.
+    fn ahead(&self) -> Option<LogIndex>;
+
+    /// The last change of `subject`, if other servers may not show it yet. Ask as [`Self::ahead`].
+    fn unseen_change(&self, subject: &Subject) -> Option<LogIndex>;
+
+    /// Returns when entry `index` is visible: every server that answers from its replica shows it.
+    ///
+    /// # Errors
+    /// As [`Self::barrier`].
+    async fn await_visible(&self, index: LogIndex) -> Result<(), FsError>;
 }
 
 /// One request of this server: all commands proposed through it happen once, together.

@@ -78,6 +78,8 @@ fn meta_errno(verdict: &MetaError) -> c_int {
         // Heard by whoever leaves a queue, never by a program.
         MetaError::NotWaiting => libc::EIO,
         MetaError::StaleIncarnation | MetaError::Answered => libc::EIO,
+        // Between a server and the metadata, never a program's doing.
+        MetaError::NumberNotReserved(_) | MetaError::BadReservation(_) | MetaError::TooManyReservations => libc::EIO,
         // The rest answers operators, not programs; listed so that the table stays complete.
         MetaError::AlreadyFounded => libc::EEXIST,
         MetaError::NoSuchToken | MetaError::TokenExpired | MetaError::KeyRemoved => libc::EACCES,

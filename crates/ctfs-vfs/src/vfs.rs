@@ -1,8 +1,9 @@
 //! Every operation the kernel can ask of the file system.
 //!
 //! An operation that reads takes the local replica's lock for a moment; one that changes something
-//! proposes a command and answers with its verdict. [`Vfs::read`](Vfs) keeps the one rule of
-//! reading: under a lease, checked again afterwards, or after a barrier.
+//! proposes a command and answers with its verdict. [`Vfs::read`](Vfs) keeps the rules of reading:
+//! under a lease, checked again afterwards, or after a barrier; and nothing is told before every
+//! server shows it.
 //!
 //! The operations by topic: [`names`], [`attrs`], [`xattrs`], [`files`], [`locks`].
 
@@ -21,12 +22,12 @@ pub(crate) mod tests;
 use std::{
     collections::HashMap,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ctfs_chunk::CacheTier;
-use ctfs_meta::{Change, LockOwner, Namespace, Reply, Totals, quota};
-use ctfs_types::{Attr, FileName, FileUse, Incarnation, Ino};
+use ctfs_meta::{Change, LockOwner, MetaError, Op, Reply, Totals, quota};
+use ctfs_types::{Attr, FileKind, FileName, FileUse, Incarnation, Ino, LogIndex};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -40,13 +41,16 @@ use self::{leaving::Leavings, lock_doubts::Turns};
 use crate::{
     ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, PageWaits, SpaceReport, caller,
     content::Around,
+    delegations::{DelegationFigures, DelegationSettings, Delegations, RuledMetadata},
     handles::Handles,
+    view::View,
     waiters::{Fate, LockWaiters},
 };
 
-/// How long the kernel may keep names and attributes without asking while the lease holds. The
-/// lease itself is 3 s, of which 2 s are used; one second leaves room for a reply that is late.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The longest that the kernel may keep names and attributes without asking. A little less than
+/// what is used of a lease: an acknowledgement that can only wait for the end of all timeouts must
+/// come before the leader stops renewing this server's lease for want of it.
+pub const CACHE_TIMEOUT_MAX: Duration = Duration::from_millis(1750);
 /// How long `statfs` waits for the replica's lock before it answers from memory.
 const STATFS_PATIENCE: Duration = Duration::from_millis(50);
 /// Inodes whose page-cache version we remember; past it we forget all, which costs re-reads only.
@@ -56,6 +60,7 @@ const PAGE_VERSIONS_MAX: usize = 1 << 18;
 #[derive(Debug, Clone)]
 pub struct VfsSettings {
     pub content: ContentSettings,
+    pub delegations: DelegationSettings,
     /// Open files and directories; a few hundred bytes each.
     pub handles_max: usize,
     /// Threads that may wait for locks at the same time.
@@ -74,6 +79,7 @@ impl Default for VfsSettings {
     fn default() -> Self {
         Self {
             content: ContentSettings::default(),
+            delegations: DelegationSettings::default(),
             handles_max: 1 << 20,
             lock_waiters_max: 4096,
             // A command is given up after 8 s.
@@ -97,7 +103,9 @@ pub trait KernelCache: Send + Sync + 'static {
 
 /// The file system as one server offers it.
 pub struct Vfs {
+    /// With the rules of [`crate::delegations`] around them.
     meta: Arc<dyn Metadata>,
+    delegations: Arc<Delegations>,
     chunks: Arc<dyn ChunkAccess>,
     content: Content,
     settings: VfsSettings,
@@ -133,6 +141,9 @@ impl Vfs {
         settings: VfsSettings,
     ) -> Arc<Self> {
         let waits = Arc::new(PageWaits::default());
+        let runtime = settings.content.runtime.clone().unwrap_or_else(tokio::runtime::Handle::current);
+        let delegations = Delegations::new(meta, holders.clone(), settings.delegations.clone(), runtime);
+        let meta: Arc<dyn Metadata> = Arc::new(RuledMetadata(delegations.clone()));
         let around = Around { meta: meta.clone(), chunks: chunks.clone(), holders, waits: waits.clone() };
         Arc::new(Self {
             content: Content::new(around, tier, settings.content.clone()),
@@ -145,6 +156,7 @@ impl Vfs {
             waits,
             connection: watch::Sender::new(0),
             meta,
+            delegations,
             chunks,
             settings,
         })
@@ -154,9 +166,9 @@ impl Vfs {
         &self.content
     }
 
-    /// How long the kernel may keep a name or attribute answered now.
+    /// How long the kernel may keep a name or attribute answered now: no longer than the lease holds.
     pub fn cache_timeout(&self) -> Duration {
-        if self.meta.leased() { CACHE_TIMEOUT } else { Duration::ZERO }
+        self.meta.leased_for().min(CACHE_TIMEOUT_MAX)
     }
 
     /// Tells everybody here what an applied entry changed: cache tier, lock waiters, handles.
@@ -194,6 +206,12 @@ impl Vfs {
         matches!(self.meta.replica().read().lookup(parent, name), Ok(None))
     }
 
+    /// Up to `limit` inodes that have a name in a directory, as this replica knows it.
+    pub fn inodes_in(&self, dir: Ino, limit: usize) -> Vec<Ino> {
+        let listed = self.meta.replica().read().list(dir, 0, limit);
+        listed.map(|entries| entries.into_iter().map(|entry| entry.ino).collect()).unwrap_or_default()
+    }
+
     /// Whether a request that holds pages of `ino` waits for the cluster.
     pub fn pages_wait(&self, ino: Ino) -> bool {
         self.waits.any(ino)
@@ -204,7 +222,23 @@ impl Vfs {
     /// # Errors
     /// What is buffered here could not be flushed; this server holds the file on.
     pub async fn give_up(&self, ino: Ino) -> Result<(), FsError> {
-        self.content.give_up(ino).await
+        let kind = self.meta.replica().read().attr(ino)?.map(|attr| attr.kind);
+        match kind {
+            Some(FileKind::Directory) => self.delegations.give_up(ino).await,
+            _ => self.content.give_up(ino).await,
+        }
+    }
+
+    /// Has a command of the server's own happen, and whoever holds what it touches give that up first.
+    ///
+    /// # Errors
+    /// As [`Metadata::propose`].
+    pub async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.meta.propose(op).await
+    }
+
+    pub fn delegations(&self) -> DelegationFigures {
+        self.delegations.figures()
     }
 
     /// The attributes of a file that this server holds, as programs here see them.
@@ -212,7 +246,7 @@ impl Vfs {
     /// # Errors
     /// [`FsError::Stale`]: it does not hold it.
     pub async fn peek_here(&self, ino: Ino) -> Result<Attr, FsError> {
-        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let attr = self.read(|view| view.attr_of(ino)).await?;
         match attr.usage {
             FileUse::Owned { holder, .. } if holder == self.meta.holder() => Ok(self.shown(attr)),
             _ => Err(FsError::Stale(ino)),
@@ -314,18 +348,50 @@ impl Vfs {
         statfs
     }
 
-    /// Reads the replica so that the answer is the truth of some moment during the call.
+    /// Reads the replica so that the answer is the truth of some moment during the call, and told
+    /// by no server before all may tell it.
     ///
+    /// Look first, then wait: if what was looked at changed and other servers may still answer the old,
+    /// the answer is held back until none does. It is the truth of the moment when that became visible.
     /// The lease is looked at again after reading: a pause in between may have ended it.
-    async fn read<T>(&self, look: impl Fn(&Namespace) -> Result<T, FsError>) -> Result<T, FsError> {
+    ///
+    /// What another server alone knows is asked of it: it gives that up first.
+    async fn read<T>(&self, look: impl Fn(&View<'_>) -> Result<T, FsError>) -> Result<T, FsError> {
+        let deadline = Instant::now() + self.settings.delegations.patience;
+        loop {
+            match self.read_once(&look).await {
+                Err(FsError::Meta(MetaError::Held { ino, holder })) if Instant::now() < deadline => {
+                    self.delegations.recall(ino, holder, deadline).await?;
+                }
+                seen => return seen,
+            }
+        }
+    }
+
+    async fn read_once<T>(&self, look: &impl Fn(&View<'_>) -> Result<T, FsError>) -> Result<T, FsError> {
         if self.meta.leased() {
-            let seen = look(&self.meta.replica().read());
+            let (seen, unseen) = self.look(look);
+            if let Some(index) = unseen {
+                self.meta.await_visible(index).await?;
+            }
             if self.meta.leased() {
                 return seen;
             }
         }
         self.meta.barrier().await?;
-        look(&self.meta.replica().read())
+        let (seen, unseen) = self.look(look);
+        if let Some(index) = unseen {
+            self.meta.await_visible(index).await?;
+        }
+        seen
+    }
+
+    /// What the replica shows, and the index that must be visible before it is told.
+    fn look<T>(&self, look: impl Fn(&View<'_>) -> Result<T, FsError>) -> (Result<T, FsError>, Option<LogIndex>) {
+        let namespace = self.meta.replica().read();
+        let view = View::new(&*self.meta, &namespace);
+        let seen = look(&view);
+        (seen, view.newest_unseen())
     }
 
     /// Attributes as programs see them: the committed ones, with unflushed writes on top.
@@ -343,10 +409,6 @@ impl Vfs {
         if owner.node == self.meta.node() {
             self.waiters.decided(owner.incarnation, ticket, fate);
         }
-    }
-
-    fn attr_of(ns: &Namespace, ino: Ino) -> Result<Attr, FsError> {
-        ns.attr(ino)?.ok_or(FsError::Stale(ino))
     }
 
     /// Tells the kernel to drop what it keeps, if one is attached. Never blocks.

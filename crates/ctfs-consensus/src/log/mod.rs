@@ -55,7 +55,8 @@ use crate::{
 };
 
 /// Version of the encoding of an entry inside its frame.
-const ENTRY_VERSION: u8 = 1;
+/// 2: commands that name inode numbers and stamps of inodes.
+pub(crate) const ENTRY_VERSION: u8 = 2;
 
 /// Why the log cannot be opened.
 #[derive(Debug, thiserror::Error)]

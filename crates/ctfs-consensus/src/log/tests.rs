@@ -474,6 +474,26 @@ fn damage_before_a_later_write_is_reported_also_when_progress_was_lost() {
     });
 }
 
+/// Its commands would be read as something else.
+#[test]
+fn an_entry_of_an_older_version_is_refused_by_name() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        append(&mut open(dir.path()), 1, 0..1).await;
+        let path = segments(dir.path()).remove(0);
+        let bytes = std::fs::read(&path).unwrap();
+        let salt = frame::read_segment_header(&bytes, 0).unwrap();
+        let (mut old, rest) = (bytes[..frame::SEGMENT_HEADER_BYTES].to_vec(), &bytes[frame::SEGMENT_HEADER_BYTES..]);
+        let whole = frame::read(salt, rest).unwrap();
+        let mut payload = rest[frame::FRAME_HEADER_BYTES..whole.bytes()].to_vec();
+        payload[0] = 1;
+        frame::write(&mut old, salt, whole.id, whole.synced, &payload);
+        std::fs::write(&path, old).unwrap();
+        let refused = open(dir.path()).try_get_log_entries(..).await.unwrap_err().to_string();
+        assert!(refused.contains("record has version 1, this program reads version 2"), "{refused}");
+    });
+}
+
 #[test]
 fn a_missing_segment_is_reported() {
     run(async {

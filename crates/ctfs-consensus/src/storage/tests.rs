@@ -35,6 +35,8 @@ impl Observer for Listener {
         self.applied.lock().push((index, changes));
     }
 
+    fn happened(&self, _: &[Change]) {}
+
     fn installed_snapshot(&self) {
         *self.installed.lock() += 1;
     }
@@ -57,7 +59,7 @@ fn command(seq: u64, op: Op) -> Command {
 }
 
 fn make(seq: u64, name: &str) -> Command {
-    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None };
+    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None, ino: None, cell: None };
     command(seq, Op::Make { parent: Ino::ROOT, name: FileName::new(name.as_bytes()).unwrap(), node })
 }
 

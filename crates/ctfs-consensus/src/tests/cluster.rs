@@ -74,6 +74,8 @@ impl Observer for Kernel {
         self.tell();
     }
 
+    fn happened(&self, _: &[Change]) {}
+
     fn installed_snapshot(&self) {
         self.installed.fetch_add(1, Ordering::Relaxed);
     }
@@ -90,6 +92,8 @@ struct Hub {
     /// Directed; what is sent over a cut link is never answered.
     cut: Mutex<BTreeSet<(NodeId, NodeId)>>,
     calls: AtomicU64,
+    /// Milliseconds that every answer takes.
+    round_trip: AtomicU64,
 }
 
 struct Link {
@@ -113,6 +117,7 @@ impl Transport for Link {
         let served = async {
             if !self.cut(to) {
                 let answer = target.serve(self.me, service, payload).await;
+                sleep(Duration::from_millis(self.hub.round_trip.load(Ordering::Relaxed))).await;
                 if !self.cut(to) {
                     return answer.map_err(TransportError::Refused);
                 }
@@ -168,7 +173,7 @@ pub fn file_name(name: &str) -> FileName {
 }
 
 pub fn make(name: &str) -> Op {
-    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None };
+    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None, ino: None, cell: None };
     Op::Make { parent: Ino::ROOT, name: file_name(name), node }
 }
 
@@ -251,6 +256,11 @@ impl Cluster {
 
     pub fn heal(&self) {
         self.hub.cut.lock().clear();
+    }
+
+    /// From now on every call between servers takes so long.
+    pub fn move_apart(&self, round_trip: Duration) {
+        self.hub.round_trip.store(round_trip.as_millis() as u64, Ordering::Relaxed);
     }
 
     pub fn calls(&self) -> u64 {

@@ -5,12 +5,14 @@ mod health;
 
 use std::{
     collections::BTreeSet,
+    future::Future,
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use ctfs_meta::{MetaError, Op, Reply};
-use ctfs_types::LogIndex;
+use ctfs_meta::{MetaError, Op, Reply, Subject};
+use ctfs_types::{Ino, LogIndex};
 use futures_util::future::join_all;
 use openraft::{LogId, Vote, raft::AppendEntriesRequest};
 use parking_lot::Mutex;
@@ -29,7 +31,7 @@ async fn alone_visible_is_applied_and_nobody_is_asked() {
         assert_eq!(*server.visible().borrow(), *server.applied().borrow());
     }
     server.barrier().await.unwrap();
-    assert!(server.read_ready());
+    assert_eq!(server.ahead(), None);
     assert_eq!(cluster.calls(), 0);
     assert_eq!(server.found(found()).await, Err(ProposeError::Refused(MetaError::AlreadyFounded)));
 
@@ -125,6 +127,17 @@ async fn concurrent_proposals_share_entries() {
     let entries = servers[0].applied().borrow().0 - before;
     assert!(entries < 60, "300 commands took {entries} entries");
     cluster.converge().await;
+}
+
+/// A founder cannot know how far away those will be that join it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_set_for_a_lan_agree_also_when_an_answer_takes_longer_than_a_heartbeat() {
+    let cluster = Cluster::of(3, |settings| settings.timings = Timings::default()).await;
+    cluster.move_apart(Timings::default().heartbeat + Duration::from_millis(20));
+    for server in cluster.running() {
+        let name = format!("by-{}", server.status().node);
+        assert!(server.propose(make(&name)).await.expect("an answer in time").is_ok());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -320,15 +333,68 @@ async fn what_is_applied_and_not_visible_is_not_read() {
     let proposer = leader.clone();
     let proposal = tokio::spawn(async move { make_surely(&proposer, "new").await });
     until(&reader, "the change to be applied", || has(&reader, "new")).await;
-    assert!(!proposal.is_finished() && !reader.read_ready(), "a leased server has not got it yet");
-    let read = tokio::spawn({
-        let reader = reader.clone();
-        async move { reader.barrier().await }
-    });
+    let change = reader.unseen_change(&Subject::Name(Ino::ROOT, file_name("new"))).expect("a leased server has not got it yet");
+    assert!(reader.unseen_change(&Subject::Names(Ino::ROOT)).is_some() && reader.ahead() >= Some(change));
+    assert_eq!(reader.unseen_change(&Subject::Name(Ino::ROOT, file_name("other"))), None, "nothing else waits");
+    assert!(!proposal.is_finished());
+    let waits: [Pin<Box<dyn Future<Output = _> + Send>>; 2] = [
+        Box::pin({ let reader = reader.clone(); async move { reader.barrier().await } }),
+        Box::pin({ let reader = reader.clone(); async move { reader.await_visible(change).await } }),
+    ];
+    let mut reads: Vec<_> = waits.into_iter().map(tokio::spawn).collect();
+    // They have asked by now, and the leader answers nobody before all are there.
+    until(&reader, "the readers to ask", || *reader.core.wanted.borrow() >= change).await;
+    assert!(reads.iter().all(|read| !read.is_finished()), "shown here before it is there");
     stuck.stick(false);
-    read.await.unwrap().unwrap();
+    for read in reads.drain(..) {
+        read.await.unwrap().unwrap();
+    }
     assert!(has(&cluster.get(followers[1]), "new"), "read here before it was there");
+    assert_eq!(reader.unseen_change(&Subject::Name(Ino::ROOT, file_name("new"))), None);
     proposal.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repeated_request_is_answered_no_earlier_than_its_change_is_visible() {
+    let cluster = Cluster::of(3, plain).await;
+    let all = [node(1), node(2), node(3)];
+    let leader = cluster.leader(&all).await;
+    let followers: Vec<_> = all.into_iter().filter(|number| *number != leader.status().node).collect();
+    let (other, stuck) = (cluster.get(followers[0]), &cluster.kernels[&followers[1]]);
+    stuck.stick(true);
+    let request = Arc::new(leader.request());
+    let ask = || {
+        let request = request.clone();
+        tokio::spawn(async move { request.propose(make("once")).await })
+    };
+    let first = ask();
+    until(&other, "it to be applied", || has(&other, "once")).await;
+    let change = *leader.applied().borrow();
+    // The second copy is in the log and applied, and has its verdict from the table.
+    let asked = [first, ask()];
+    until(&leader, "its repetition to be applied", || *leader.applied().borrow() > change).await;
+    assert!(asked.iter().all(|asked| !asked.is_finished()), "answered before every leased server has it");
+    stuck.stick(false);
+    for asked in asked {
+        assert!(matches!(asked.await.unwrap().unwrap(), Ok(Reply::Entry { made: true, .. })));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_loses_its_lease_hears_of_it() {
+    let cluster = Cluster::of(3, plain).await;
+    let leader = cluster.leader(&[node(1), node(2), node(3)]).await;
+    let lost = cluster.running().into_iter().find(|server| server.status().node != leader.status().node).unwrap();
+    let lapse = tokio::spawn({
+        let lost = lost.clone();
+        async move { lost.lease_lapsed().await }
+    });
+    assert!(lost.leased_for() <= timings().lease_used && !lapse.is_finished());
+    cluster.isolate(lost.status().node);
+    lapse.await.unwrap();
+    assert!(!lost.leased() && lost.leased_for().is_zero());
+    cluster.heal();
+    until(&lost, "readmission", || lost.leased()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -29,6 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Some servers of one cluster, each mounted.
 struct Mounts {
+    cluster: Arc<Cluster>,
     mounts: Vec<Arc<Mount>>,
     servers: Vec<Server>,
     runtime: Runtime,
@@ -49,7 +50,7 @@ impl Mounts {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let cluster = Cluster::new();
-        let mut this = Self { mounts: Vec::new(), servers: Vec::new(), runtime, dir };
+        let mut this = Self { cluster: cluster.clone(), mounts: Vec::new(), servers: Vec::new(), runtime, dir };
         for node in 1..=servers {
             let inside = this.runtime.enter();
             let server = cluster.server(node, this.dir.path(), VfsSettings::default());

@@ -140,14 +140,14 @@ impl Apply<'_, '_> {
     pub(super) fn effective_cell(&mut self, dir: Ino) -> Outcome<CellSize> {
         let mut ino = dir;
         loop {
-            let policy: Option<Policy> = self.txn.get(&keys::policy(ino))?;
+            let policy: Option<Policy> = self.txn.peek(&keys::policy(ino))?;
             if let Some(cell) = policy.and_then(|policy| policy.cell) {
                 return Ok(cell);
             }
             if ino == Ino::ROOT {
                 return Ok(CellSize::DEFAULT);
             }
-            let inode = self.inode(ino)?;
+            let inode = self.peek_inode(ino)?;
             ino = inode.dir.ok_or(MetaError::NotDirectory(ino))?.parent;
         }
     }

@@ -1,11 +1,11 @@
 //! File bytes: which cells hold what, and how often each chunk is named.
 
 use ctfs_types::{
-    CellIndex, ChunkId, Extent, ExtentData, FileKind, FileUse, Ino,
+    CellIndex, ChunkId, Extent, ExtentData, FileKind, FileUse, Ino, Stamp,
     limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX},
 };
 
-use super::{Apply, ChunkRecord, cuts::is_dead, keys, records::Inode, txn::Outcome};
+use super::{Apply, ChunkRecord, Totals, cuts::is_dead, keys, records::Inode, txn::Outcome};
 use crate::{CellWrite, Change, MetaError, Reply};
 
 /// Writers keep content of up to `INLINE_BYTES_MAX` inline; a little more is let through so that
@@ -54,8 +54,8 @@ impl Apply<'_, '_> {
         }
         self.may_have_size(ino, &inode, size_at_least)?;
         for write in cells {
-            let current = self.extent(ino, write.cell)?.map_or(0, |extent| extent.stamp.0);
-            if current != write.expect.0 {
+            let current = self.extent(ino, write.cell)?.map_or(Stamp(0), |extent| extent.stamp);
+            if current != write.expect {
                 return Err(MetaError::CellChanged { ino, cell: write.cell }.into());
             }
             self.may_hold(ino, &inode, write)?;
@@ -63,14 +63,14 @@ impl Apply<'_, '_> {
 
         // Change.
         let before = inode.contribution();
+        let stamp = inode.next_stamp();
         inode.size = inode.size.max(size_at_least);
         for write in cells {
-            let extent = write.data.clone().map(|data| Extent { start: write.start, data, stamp: self.index });
+            let extent = write.data.clone().map(|data| Extent { start: write.start, data, stamp });
             self.set_cell(ino, &mut inode, write.cell, extent, write.copies)?;
             let (offset, len) = (inode.cell.start_of(write.cell), inode.cell.bytes());
             self.changed(Change::Data { ino, offset, len });
         }
-        inode.data_version = self.index.0;
         inode.mtime = mtime.unwrap_or(self.at);
         inode.ctime = self.at;
         if drop_privileges {
@@ -78,7 +78,7 @@ impl Apply<'_, '_> {
         }
         self.put_counted(ino, before, &inode)?;
         self.changed(Change::Attr { ino });
-        Ok(Reply::Written { attr: inode.attr(ino), stamp: self.index })
+        Ok(Reply::Written { attr: inode.attr(ino), stamp })
     }
 
     fn may_hold(&mut self, ino: Ino, inode: &Inode, write: &CellWrite) -> Outcome<()> {
@@ -123,7 +123,7 @@ impl Apply<'_, '_> {
     pub(super) fn resize(&mut self, ino: Ino, inode: &mut Inode, size: u64) -> Outcome<()> {
         let old_size = inode.size;
         inode.size = size;
-        inode.data_version = self.index.0;
+        inode.next_stamp();
         if size < old_size {
             let mut first = inode.cell.cell_of(size);
             let room = inode.cell.within(size);
@@ -144,7 +144,7 @@ impl Apply<'_, '_> {
     fn shorten_cell(&mut self, ino: Ino, inode: &mut Inode, cell: CellIndex, extent: Extent, room: u64) -> Outcome<()> {
         inode.allocated -= extent.allocated();
         let chunk = extent.chunk();
-        match cut(Extent { stamp: self.index, ..extent }, room) {
+        match cut(Extent { stamp: inode.stamp(), ..extent }, room) {
             Some(shorter) => {
                 inode.allocated += shorter.allocated();
                 self.txn.put(keys::cell(ino, cell), &shorter);
@@ -178,9 +178,9 @@ impl Apply<'_, '_> {
         let mut inode = self.file(ino)?;
         self.may_change(ino, &inode)?;
         let before = inode.contribution();
+        inode.next_stamp();
         self.take_away(ino, &mut inode, first, first.saturating_add(cells))?;
         (inode.mtime, inode.ctime) = (self.at, self.at);
-        inode.data_version = self.index.0;
         self.put_counted(ino, before, &inode)?;
         let len = cells.saturating_mul(inode.cell.bytes());
         self.changed(Change::Data { ino, offset: inode.cell.bytes().saturating_mul(first), len });
@@ -218,6 +218,7 @@ impl Apply<'_, '_> {
         }
 
         let before = inode.contribution();
+        let stamp = inode.next_stamp();
         inode.size = inode.size.max(size_at_least);
         // All sources are read before the first target is written: the ranges may overlap.
         let sources = self.cells_from(source, first, cells)?;
@@ -236,19 +237,18 @@ impl Apply<'_, '_> {
                 Some(id) => self.copies_of(id)?,
                 None => 0,
             };
-            let extent = Extent { stamp: self.index, ..extent };
+            let extent = Extent { stamp, ..extent };
             self.set_cell(ino, &mut inode, to + (cell - first), Some(extent), copies)?;
             if let Some(id) = chunk {
                 self.unname_chunk(id)?;
             }
         }
         (inode.mtime, inode.ctime) = (self.at, self.at);
-        inode.data_version = self.index.0;
         self.put_counted(ino, before, &inode)?;
         let (offset, len) = (inode.cell.start_of(to), cells.saturating_mul(inode.cell.bytes()));
         self.changed(Change::Data { ino, offset, len });
         self.changed(Change::Attr { ino });
-        Ok(Reply::Written { attr: inode.attr(ino), stamp: self.index })
+        Ok(Reply::Written { attr: inode.attr(ino), stamp })
     }
 
     pub(super) fn reap(&mut self, inos: &[Ino]) -> Outcome<Reply> {
@@ -259,13 +259,20 @@ impl Apply<'_, '_> {
             // The inode goes at once. Its number never comes back, so nobody asks for cells that
             // are left.
             let mut inode = self.inode(ino)?;
+            inode.next_stamp();
             self.take_away(ino, &mut inode, 0, u64::MAX)?;
+            if inode.is_dir() {
+                // Nothing is below it; should anything still be counted there, the record goes anyway.
+                let counted = self.txn.totals(ino)?;
+                self.txn.add(keys::totals(ino), Totals::default().minus(counted));
+            }
             let (from, to) = keys::under(keys::XATTR, &[ino.0]);
             for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
                 self.txn.delete(key);
             }
-            if let Some(Inode { usage: FileUse::Owned { holder, .. }, .. }) = self.txn.get(&keys::inode(ino))? {
+            if let Some(Inode { usage: FileUse::Owned { holder, .. }, dir, .. }) = self.txn.get(&keys::inode(ino))? {
                 self.txn.delete(keys::owned(holder, ino));
+                self.counters.delegated -= u64::from(dir.is_some());
             }
             self.drop_locks(ino)?;
             for key in [keys::policy(ino), keys::orphan(ino), keys::inode(ino)] {

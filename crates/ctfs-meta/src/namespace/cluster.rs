@@ -64,6 +64,9 @@ impl Apply<'_, '_> {
             let other: Member = records::decode(&key, &value)?;
             if other.key == member.key {
                 // Ended lives stay ended, whatever the newcomer knows of them.
+                if other.incarnation < member.incarnation {
+                    self.burn_numbers(other.incarnation)?;
+                }
                 member.incarnation = member.incarnation.max(other.incarnation);
             } else if other.name == member.name || other.node == member.node {
                 return Err(MetaError::MemberNameTaken(other.name).into());
@@ -122,6 +125,7 @@ impl Apply<'_, '_> {
     /// A client is one life of a server: nobody asks for its verdicts any more, and what of it is
     /// still under way is not carried out.
     fn forget_client(&mut self, life: Incarnation) -> Outcome<()> {
+        self.burn_numbers(life)?;
         let (from, to) = keys::under(keys::VERDICT, &[life.0]);
         for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
             self.txn.delete(key);
@@ -142,6 +146,7 @@ impl Apply<'_, '_> {
         self.txn.delete(keys::member(node));
         self.txn.put(keys::removed_key(&member.key), &self.at);
         self.end_lives(node, |_| true)?;
+        self.burn_numbers(member.incarnation)?;
         self.changed(Change::Members);
         Ok(Reply::Done)
     }

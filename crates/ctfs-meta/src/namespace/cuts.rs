@@ -6,7 +6,7 @@
 //! cell reads as a hole. Its chunk is still counted and its bytes are still allocated, until an
 //! [`crate::Op::FreeCells`] of the inode frees it.
 
-use ctfs_types::{CellIndex, Extent, Ino, LogIndex};
+use ctfs_types::{CellIndex, Extent, Ino, Stamp};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -24,23 +24,23 @@ pub const CELLS_FREED_MAX: usize = 1024;
 
 /// In `[first, end)` the cells with a stamp below `before` are dead.
 ///
-/// Cells written later have that index or a higher one. Those that an entry wrote before it cut
-/// have the same index as those it wrote after; they are freed at once and never dead.
+/// `before` is the stamp of the command that cut. What earlier commands wrote has a lower one. What
+/// that command itself leaves in the range has the same, what comes later a higher one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cut {
     pub first: CellIndex,
     /// `u64::MAX`: to the end of the file.
     pub end: CellIndex,
-    pub before: LogIndex,
+    pub before: Stamp,
 }
 
 impl Cut {
-    fn covers(&self, cell: CellIndex, stamp: LogIndex) -> bool {
+    fn covers(&self, cell: CellIndex, stamp: Stamp) -> bool {
         (self.first..self.end).contains(&cell) && stamp < self.before
     }
 }
 
-pub fn is_dead(cuts: &[Cut], cell: CellIndex, stamp: LogIndex) -> bool {
+pub fn is_dead(cuts: &[Cut], cell: CellIndex, stamp: Stamp) -> bool {
     cuts.iter().any(|cut| cut.covers(cell, stamp))
 }
 
@@ -65,7 +65,8 @@ impl Apply<'_, '_> {
         if cuts.is_empty() { self.txn.delete(keys::cuts(ino)) } else { self.txn.put(keys::cuts(ino), &cuts) }
     }
 
-    /// Takes the cells in `[first, end)` away: as many as one command may free, the rest as a cut.
+    /// Takes the cells in `[first, end)` away: as many as one command may free, the rest as a cut. The
+    /// inode has the command's stamp already, and the command has written none of them.
     pub(super) fn take_away(&mut self, ino: Ino, inode: &mut Inode, first: CellIndex, end: CellIndex) -> Outcome<()> {
         let known = self.cuts(ino)?;
         let mut cuts = outside(&known, first, end);
@@ -76,10 +77,7 @@ impl Apply<'_, '_> {
             inode.allocated -= self.free(key, value)?;
         }
         if let Some((rest, _)) = found.get(now) {
-            for (key, value) in self.txn.written(rest, &to) {
-                inode.allocated -= self.free(&key, &value)?;
-            }
-            cuts.push(Cut { first: cell_of(rest)?, end, before: self.index });
+            cuts.push(Cut { first: cell_of(rest)?, end, before: inode.stamp() });
             cuts.sort_unstable_by_key(|cut| cut.first);
         }
         self.freed_max -= now;
@@ -96,6 +94,10 @@ impl Apply<'_, '_> {
 
     /// Goes on freeing dead cells of an inode, which may be gone itself.
     fn free_dead(&mut self, ino: Ino) -> Outcome<()> {
+        if self.counters.delegated > 0 && self.cover_before(ino)?.is_some() {
+            // Its holder may have changed what is allocated, ahead of the log.
+            return Ok(());
+        }
         let known = self.cuts(ino)?;
         let mut cuts = known.clone();
         let mut freed = 0;
@@ -150,7 +152,7 @@ mod tests {
     use super::*;
 
     fn cut(first: CellIndex, end: CellIndex, before: u64) -> Cut {
-        Cut { first, end, before: LogIndex(before) }
+        Cut { first, end, before: Stamp(before) }
     }
 
     #[test]
@@ -164,7 +166,7 @@ mod tests {
     #[test]
     fn only_what_is_older_than_the_cut_is_dead() {
         let cuts = [cut(5, u64::MAX, 8)];
-        assert!(is_dead(&cuts, 5, LogIndex(7)) && is_dead(&cuts, 1 << 40, LogIndex(1)));
-        assert!(!is_dead(&cuts, 5, LogIndex(8)) && !is_dead(&cuts, 4, LogIndex(7)));
+        assert!(is_dead(&cuts, 5, Stamp(7)) && is_dead(&cuts, 1 << 40, Stamp(1)));
+        assert!(!is_dead(&cuts, 5, Stamp(8)) && !is_dead(&cuts, 4, Stamp(7)));
     }
 }

@@ -1,4 +1,6 @@
-//! Which server may hold bytes of a file that are not here yet.
+//! Which server may hold bytes of a file that are not here yet, and changes of a directory.
+//!
+//! What holding a directory means is said in [`super::cover`]; this is about files.
 //!
 //! One server at a time may buffer what it writes to a file. That it does is part of the state, so
 //! everybody knows whom to ask before they read, and a change of the file's bytes, size or times by
@@ -21,18 +23,21 @@ impl Apply<'_, '_> {
 
     /// Refuses a life of a server that has ended: nobody would ever free what it gets.
     pub(super) fn is_alive(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<()> {
-        match self.txn.get::<Member>(&keys::member(node))? {
+        match self.txn.peek::<Member>(&keys::member(node))? {
             Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) => Err(MetaError::StaleIncarnation.into()),
             Some(_) => Ok(()),
-            None if self.txn.get_raw(&keys::cluster())?.is_some() => Err(MetaError::NoSuchMember.into()),
+            None if self.txn.peek_raw(&keys::cluster())?.is_some() => Err(MetaError::NoSuchMember.into()),
             None => Ok(()),
         }
     }
 
     pub(super) fn own(&mut self, ino: Ino, holder: Holder, although_shared: bool) -> Outcome<Reply> {
         let mut inode = self.inode(ino)?;
-        if inode.kind != FileKind::File {
-            return Err(MetaError::WrongKind(ino).into());
+        match inode.kind {
+            FileKind::File => {}
+            // One below a quota is not held: what happens ahead of the log asks for no limits.
+            FileKind::Directory if inode.nlink > 0 && (self.counters.quotas == 0 || self.quota_root(ino)?.is_none()) => {}
+            _ => return Err(MetaError::WrongKind(ino).into()),
         }
         self.is_alive(holder.node, holder.incarnation)?;
         match inode.usage {
@@ -42,7 +47,11 @@ impl Apply<'_, '_> {
         }
         self.put_owned(ino, &mut inode, holder);
         // What the holder writes from here on is told to nobody: kernels must ask again.
-        self.changed(Change::Data { ino, offset: 0, len: u64::MAX });
+        if inode.is_dir() {
+            self.changed(Change::Children { dir: ino });
+        } else {
+            self.changed(Change::Data { ino, offset: 0, len: u64::MAX });
+        }
         self.changed(Change::Attr { ino });
         self.changed(Change::Usage { ino });
         Ok(Reply::Attr(inode.attr(ino)))
@@ -50,6 +59,8 @@ impl Apply<'_, '_> {
 
     /// Makes the holder the one that may buffer, and stores the inode.
     pub(super) fn put_owned(&mut self, ino: Ino, inode: &mut Inode, holder: Holder) {
+        let taken = !matches!(inode.usage, FileUse::Owned { .. });
+        self.counters.delegated += u64::from(inode.is_dir() && taken);
         inode.usage = FileUse::Owned { holder, since: self.request.seq };
         self.txn.put(keys::owned(holder, ino), &());
         self.put_inode(ino, inode);
@@ -68,6 +79,7 @@ impl Apply<'_, '_> {
 
     fn put_disowned(&mut self, ino: Ino, mut inode: Inode, holder: Holder, shared: bool) {
         self.txn.delete(keys::owned(holder, ino));
+        self.counters.delegated -= u64::from(inode.is_dir());
         inode.usage = if shared { FileUse::Shared { since: self.at } } else { FileUse::Free };
         self.put_inode(ino, &inode);
         self.changed(Change::Usage { ino });

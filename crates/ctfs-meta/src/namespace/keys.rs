@@ -27,6 +27,8 @@ pub const OWNED: u8 = 20;
 pub const QUOTA: u8 = 21;
 pub const WAITING: u8 = 22;
 pub const WAIT: u8 = 23;
+pub const TOTALS: u8 = 24;
+pub const NUMBERS: u8 = 25;
 /// Keys from here on belong to whoever owns the store.
 pub const CALLER: u8 = 0xff;
 
@@ -131,6 +133,17 @@ pub fn policy(ino: Ino) -> Key {
 /// A directory with a quota, so that they are found.
 pub fn quota(ino: Ino) -> Key {
     key(QUOTA, &[ino.0], &[])
+}
+
+/// Recursive counts of a directory; no record stands for none. Changed by adding alone
+/// ([`super::txn::Txn::add`]).
+pub fn totals(dir: Ino) -> Key {
+    key(TOTALS, &[dir.0], &[])
+}
+
+/// A range of inode numbers that a client reserved.
+pub fn numbers(client: u64, first: Ino) -> Key {
+    key(NUMBERS, &[client, first.0], &[])
 }
 
 pub fn member(node: NodeId) -> Key {

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ctfs_types::Ino;
+use ctfs_types::{Incarnation, Ino};
 use serde::{Deserialize, Serialize};
 
 use super::{Apply, keys, txn::Outcome};
@@ -96,6 +96,10 @@ fn granted(held: &[Lock], lock: &Lock) -> Vec<Lock> {
 }
 
 impl Table {
+    fn lives(&self) -> impl Iterator<Item = Incarnation> {
+        self.held.iter().chain(self.waiting.iter().map(|wish| &wish.lock)).map(|lock| lock.owner.incarnation)
+    }
+
     fn names(&self, owner: LockOwner) -> bool {
         self.held.iter().chain(self.waiting.iter().map(|wish| &wish.lock)).any(|lock| lock.owner == owner)
     }
@@ -128,6 +132,18 @@ impl Apply<'_, '_> {
     fn table(&mut self, ino: Ino) -> Outcome<Table> {
         let held = self.txn.get(&keys::locks(ino))?.unwrap_or_default();
         let waiting = self.txn.get(&keys::waiting(ino))?.unwrap_or_default();
+        let table = Table { held, waiting };
+        if table.lives().any(|life| life.0 != self.request.client) {
+            // Whose locks may go at any time, because that life ends.
+            self.txn.goes_beyond();
+        }
+        Ok(table)
+    }
+
+    /// As [`Self::table`], of an inode that the command is not about.
+    fn peek_table(&mut self, ino: Ino) -> Outcome<Table> {
+        let held = self.txn.peek(&keys::locks(ino))?.unwrap_or_default();
+        let waiting = self.txn.peek(&keys::waiting(ino))?.unwrap_or_default();
         Ok(Table { held, waiting })
     }
 
@@ -207,7 +223,7 @@ impl Apply<'_, '_> {
             for (key, _) in queues {
                 let damaged = || StoreError::Corrupt { key: key.clone(), why: "not a queue of an inode".into() };
                 let ino = Ino(keys::number_at(&key, 1).ok_or_else(damaged)?);
-                tables.insert(ino, self.table(ino)?);
+                tables.insert(ino, self.peek_table(ino)?);
             }
             if !tables.values().any(|table| table.names(owner)) {
                 return Ok(false);
@@ -225,7 +241,7 @@ impl Apply<'_, '_> {
                 let damaged = || StoreError::Corrupt { key: key.clone(), why: "no such place in a queue".into() };
                 let (ino, ticket) = keys::waited_for(&key).ok_or_else(damaged)?;
                 if !tables.contains_key(&ino) {
-                    tables.insert(ino, self.table(ino)?);
+                    tables.insert(ino, self.peek_table(ino)?);
                 }
                 let Table { held, waiting } = &tables[&ino];
                 let at = waiting.iter().position(|wish| (wish.lock.owner, wish.ticket) == (next, ticket));

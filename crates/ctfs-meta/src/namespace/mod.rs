@@ -1,24 +1,32 @@
 //! What the namespace does with a command.
 //!
 //! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
-//! whole), then by subject: [`names`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`quotas`], [`cluster`]; [`reads`] is
-//! what everybody else asks.
+//! whole), then by subject: [`names`], [`numbers`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`quotas`],
+//! [`cluster`]; [`reads`] is what everybody else asks.
 
 mod acl;
+mod ahead;
 mod attrs;
 mod bytes;
 mod cluster;
+mod cover;
 mod cuts;
 mod holding;
 mod keys;
 mod locks;
 mod names;
+mod numbers;
 mod quotas;
 mod reads;
 mod records;
 mod txn;
+mod view;
 
-pub use self::locks::Wish;
+pub use self::{
+    ahead::{AHEAD_MAX, Ahead},
+    cover::Cover,
+    locks::Wish,
+};
 #[cfg(test)]
 pub(crate) use self::locks::{WAITERS_MAX, WAITERS_OF_LIFE_MAX};
 
@@ -28,9 +36,11 @@ use ctfs_types::{FileKind, FileName, Ino, LogIndex, RequestId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use self::{
+    ahead::Layer,
     cuts::{CELLS_FREED_MAX, Cut},
     records::{Counters, Dir, Inode},
     txn::{Fail, Outcome, Txn},
+    view::View,
 };
 use crate::{Batch, Change, Command, MetaError, Op, Reply, Store, StoreError};
 
@@ -44,6 +54,8 @@ pub struct Namespace {
     hash: u128,
     /// The records of this kind once more, because each read of a cell asks for them. Mostly empty.
     cuts: BTreeMap<Ino, Vec<Cut>>,
+    /// What this server's own commands have changed that the log does not have yet.
+    layer: Layer,
     /// [`CELLS_FREED_MAX`]; less in tests.
     freed_max: usize,
 }
@@ -55,6 +67,9 @@ pub struct Applied {
     pub verdicts: Vec<Result<Reply, MetaError>>,
     /// What changed, each with the client ([`ctfs_types::RequestId`]) whose command did it.
     pub changes: Vec<(u64, Change)>,
+    /// Commands of this server that were ahead of the log and came out otherwise in it. Never, unless
+    /// the rules of what may be ahead are wrong.
+    pub diverged: Vec<RequestId>,
 }
 
 /// One entry of a directory listing.
@@ -117,11 +132,11 @@ impl Totals {
     }
 }
 
-/// What a command knows while it is applied.
+/// What a command knows while it is applied. Where in the log it stands is not part of it: a command
+/// comes out the same wherever it lands.
 struct Apply<'a, 'b> {
     txn: &'a mut Txn<'b>,
     counters: &'a mut Counters,
-    index: LogIndex,
     request: RequestId,
     at: Timestamp,
     /// Cells that the command may still free.
@@ -136,7 +151,7 @@ impl Namespace {
     pub fn open(store: Box<dyn Store>) -> Result<Self, StoreError> {
         let counters = store.get(&keys::counters())?;
         let hash = store.get(&keys::state_hash())?;
-        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), freed_max: CELLS_FREED_MAX };
+        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), freed_max: CELLS_FREED_MAX };
         match (counters, hash) {
             (Some(counters), Some(hash)) => {
                 namespace.counters = records::decode(&keys::counters(), &counters)?;
@@ -153,7 +168,7 @@ impl Namespace {
     }
 
     fn make_root(&mut self) -> Result<(), StoreError> {
-        let mut txn = Txn::new(&*self.store);
+        let mut txn = Txn::new(View::committed(&*self.store));
         let root = Inode {
             kind: FileKind::Directory,
             mode: 0o755,
@@ -167,7 +182,7 @@ impl Namespace {
             ctime: Timestamp::EPOCH,
             btime: Timestamp::EPOCH,
             rdev: 0,
-            data_version: 0,
+            data_version: 1,
             cell: Default::default(),
             target: Vec::new(),
             dir: Some(Dir::new(Ino::ROOT)),
@@ -223,11 +238,12 @@ impl Namespace {
     /// The store failed: nothing of the entry is applied, and the store must not be used further.
     pub fn apply(&mut self, index: LogIndex, commands: &[Command], extra: Batch) -> Result<Applied, StoreError> {
         assert!(index > self.applied(), "log entries apply in order, each exactly once");
-        let mut txn = Txn::new(&*self.store);
+        let mut txn = Txn::new(View::committed(&*self.store));
         let mut counters = self.counters.clone();
         let mut applied = Applied::default();
         for command in commands {
-            let verdict = run(&mut txn, &mut counters, index, command, self.freed_max)?;
+            txn.begin();
+            let verdict = run(&mut txn, &mut counters, command, self.freed_max)?;
             let changes = txn.keep();
             applied.changes.extend(changes.into_iter().map(|change| (command.request.client, change)));
             applied.verdicts.push(verdict);
@@ -248,6 +264,15 @@ impl Namespace {
             let ino = keys::number_at(key, 1).map(Ino).expect("keys of cuts hold an inode's number");
             moved.push((ino, value.as_ref().map(|value| records::decode(key, value)).transpose()?));
         }
+        for (command, verdict) in commands.iter().zip(&applied.verdicts) {
+            if self.layer.is_next(command.request) && !(self.layer.retire(&batch) & verdict.is_ok()) {
+                applied.diverged.push(command.request);
+            }
+        }
+        if applied.changes.iter().any(|(_, change)| matches!(change, Change::Fenced { incarnation, .. } if self.layer.is_of(*incarnation))) {
+            // None of it happens any more.
+            self.drop_ahead();
+        }
         self.store.write(batch)?;
         for (ino, cuts) in moved {
             match cuts {
@@ -265,7 +290,6 @@ impl Namespace {
 fn run(
     txn: &mut Txn<'_>,
     counters: &mut Counters,
-    index: LogIndex,
     command: &Command,
     freed_max: usize,
 ) -> Result<Result<Reply, MetaError>, StoreError> {
@@ -283,8 +307,12 @@ fn run(
         return Ok(Err(MetaError::Answered));
     }
     let before = counters.clone();
-    let mut apply = Apply { txn, counters, index, request, at: command.at, freed_max, counted: BTreeMap::new() };
-    let outcome = apply.dispatch(&command.op).and_then(|reply| apply.keep_quotas(&command.op).map(|()| reply));
+    let mut apply = Apply { txn, counters, request, at: command.at, freed_max, counted: BTreeMap::new() };
+    let outcome = apply.dispatch(&command.op).and_then(|reply| {
+        apply.keep_quotas(&command.op)?;
+        apply.may_touch(&command.op)?;
+        Ok(reply)
+    });
     let verdict = match outcome {
         Ok(reply) => Ok(reply),
         Err(Fail::Verdict(verdict)) => {
@@ -349,12 +377,18 @@ impl Apply<'_, '_> {
             Op::SetPolicy { ino, policy } => self.set_policy(*ino, *policy),
             Op::FreeCells { inos } => self.free_cells(inos),
             Op::SetQuota { ino, quota } => self.set_quota(*ino, *quota),
+            Op::ReserveInos { count } => self.reserve_inos(*count),
         }
     }
 
     /// The inode, if it is there, named or not.
     fn inode(&mut self, ino: Ino) -> Outcome<Inode> {
         Ok(self.txn.get(&keys::inode(ino))?.ok_or(MetaError::NoSuchInode(ino))?)
+    }
+
+    /// As [`Self::inode`], of a directory above what the command is about.
+    fn peek_inode(&mut self, ino: Ino) -> Outcome<Inode> {
+        Ok(self.txn.peek(&keys::inode(ino))?.ok_or(MetaError::NoSuchInode(ino))?)
     }
 
     fn put_inode(&mut self, ino: Ino, inode: &Inode) {
@@ -375,24 +409,22 @@ impl Apply<'_, '_> {
         self.txn.changes.push(change);
     }
 
-    /// Adds a (wrapped) difference to the counts of `dir` and every directory above it.
+    /// Adds a (wrapped) difference to the counts of `dir` and every directory above it, of which only
+    /// parents and limits are read.
     fn add_totals(&mut self, dir: Ino, difference: Totals) -> Outcome<()> {
         if difference == Totals::default() {
             return Ok(());
         }
         let mut ino = dir;
         loop {
-            let mut inode = self.inode(ino)?;
-            let dir = inode.dir.as_mut().ok_or(MetaError::NotDirectory(ino))?;
-            let (quota, before) = (dir.quota, dir.totals);
-            dir.totals = dir.totals.plus(difference);
-            let (parent, named) = (dir.parent, inode.nlink > 0);
-            self.note_totals(ino, quota, before);
-            self.put_inode(ino, &inode);
-            if ino == Ino::ROOT || !named {
+            let inode = self.peek_inode(ino)?;
+            let dir = inode.dir.ok_or(MetaError::NotDirectory(ino))?;
+            self.note_totals(ino, dir.quota)?;
+            self.txn.add(keys::totals(ino), difference);
+            if ino == Ino::ROOT || inode.nlink == 0 {
                 return Ok(());
             }
-            ino = parent;
+            ino = dir.parent;
         }
     }
 
@@ -401,6 +433,12 @@ impl Apply<'_, '_> {
         let (from, to) = keys::under(keys::LINK, &[ino.0]);
         let first = self.txn.scan(&from, &to, 1)?;
         Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
+    }
+
+    /// What an inode counts for in the directories above it, with all that is below it.
+    fn counts_for(&mut self, ino: Ino, inode: &Inode) -> Outcome<Totals> {
+        let below = if inode.is_dir() { self.txn.totals(ino)? } else { Totals::default() };
+        Ok(inode.contribution().plus(below))
     }
 
     /// Stores a file's inode and carries what changed of its size into the counts above it.

@@ -55,12 +55,18 @@ impl Apply<'_, '_> {
         if let Some(holder) = node.holder {
             self.is_alive(holder.node, holder.incarnation)?;
         }
+        let reserved = node.ino.map(|ino| self.reserved_range(ino)).transpose()?;
         let default_acl = self.txn.get_raw(&keys::xattr(parent, acl::DEFAULT))?;
-        let cell = self.effective_cell(parent)?;
+        let cell = match node.cell {
+            Some(cell) => cell,
+            None => self.effective_cell(parent)?,
+        };
 
         // Decided. From here on nothing is refused.
-        let ino = Ino(self.counters.next_ino);
-        self.counters.next_ino += 1;
+        let ino = match (node.ino, reserved) {
+            (Some(ino), Some(range)) => self.take_number(ino, range),
+            _ => self.next_numbers(1),
+        };
         let mut mode = node.mode & 0o7777;
         match default_acl {
             _ if kind == FileKind::Symlink => mode = 0o777,
@@ -96,13 +102,13 @@ impl Apply<'_, '_> {
             ctime: self.at,
             btime: self.at,
             rdev,
-            data_version: self.index.0,
+            data_version: 1,
             cell,
             target,
             dir: (kind == FileKind::Directory).then(|| Dir::new(parent)),
             usage: FileUse::Free,
         };
-        match node.holder.filter(|_| kind == FileKind::File) {
+        match node.holder.filter(|_| matches!(kind, FileKind::File | FileKind::Directory)) {
             Some(holder) => self.put_owned(ino, &mut inode, holder),
             None => self.put_inode(ino, &inode),
         }
@@ -182,10 +188,12 @@ impl Apply<'_, '_> {
             return Ok(Reply::Done);
         }
         self.must_share_quota(from, to)?;
-        if is_dir(&moved) {
+        // What stays in its directory cannot come to be below itself.
+        if from != to && is_dir(&moved) {
             self.must_not_be_below(to, moved.ino)?;
         }
         if let (RenameMode::Exchange, Some(there)) = (mode, &there)
+            && from != to
             && is_dir(there)
         {
             self.must_not_be_below(from, there.ino)?;
@@ -204,25 +212,26 @@ impl Apply<'_, '_> {
             return Err(MetaError::TooManyLinks(to).into());
         }
 
-        // Change.
+        // Change. What stays in its directory counts where it did.
+        let recounts = from != to;
         if let (RenameMode::Exchange, Some(there)) = (mode, &there) {
             let mut swap = [(from, name, to, new_name, &moved), (to, new_name, from, name, there)];
             // A directory leaves last and is back first: while it hangs nowhere, no hard-linked
             // file's home may move into or out of it, because counts follow its parent upwards.
             swap.sort_by_key(|(.., entry)| is_dir(entry));
             for (dir, name, .., entry) in &swap {
-                self.unhook(*dir, name, entry.ino)?;
+                self.unhook(*dir, name, entry.ino, recounts)?;
             }
             for (.., dir, name, entry) in swap.iter().rev() {
-                self.hook(*dir, name, entry.ino)?;
+                self.hook(*dir, name, entry.ino, recounts)?;
             }
             return Ok(Reply::Done);
         }
         if there.is_some() {
             self.remove_name(to, new_name)?;
         }
-        self.unhook(from, name, moved.ino)?;
-        self.hook(to, new_name, moved.ino)?;
+        self.unhook(from, name, moved.ino, recounts)?;
+        self.hook(to, new_name, moved.ino, recounts)?;
         Ok(Reply::Done)
     }
 
@@ -236,7 +245,7 @@ impl Apply<'_, '_> {
             if ino == Ino::ROOT {
                 return Ok(());
             }
-            let inode = self.inode(ino)?;
+            let inode = self.peek_inode(ino)?;
             ino = inode.dir.ok_or(MetaError::NotDirectory(ino))?.parent;
         }
     }
@@ -248,13 +257,13 @@ impl Apply<'_, '_> {
             inode.nlink += 1;
             self.put_inode(ino, &inode);
         }
-        self.hook(parent, name, ino)
+        self.hook(parent, name, ino, true)
     }
 
     /// Takes a name away; with its last one the inode becomes an orphan.
     fn remove_name(&mut self, parent: Ino, name: &FileName) -> Outcome<()> {
         let ino = self.entry(parent, name)?.ino;
-        self.unhook(parent, name, ino)?;
+        self.unhook(parent, name, ino, true)?;
         let mut inode = self.inode(ino)?;
         inode.nlink = if inode.is_dir() { 0 } else { inode.nlink - 1 };
         self.put_quota(ino, &mut inode, Quota::default());
@@ -266,9 +275,10 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
-    /// Puts an inode into a directory: entry, cookie, link record, counts, times.
-    fn hook(&mut self, parent: Ino, name: &FileName, ino: Ino) -> Outcome<()> {
-        let before = self.home_unless_directory(ino)?;
+    /// Puts an inode into a directory: entry, cookie, link record, times, and unless it only changes
+    /// its name there, counts.
+    fn hook(&mut self, parent: Ino, name: &FileName, ino: Ino, recounts: bool) -> Outcome<()> {
+        let before = if recounts { self.home_unless_directory(ino)? } else { None };
         let mut inode = self.inode(ino)?;
         inode.ctime = self.at;
         if let Some(dir) = &mut inode.dir {
@@ -290,15 +300,17 @@ impl Apply<'_, '_> {
         self.txn.put(keys::name(parent, name), &Dentry { ino, kind: inode.kind, cookie });
         self.txn.put(keys::cookie(parent, cookie), &CookieEntry { name: name.clone(), ino, kind: inode.kind });
         self.txn.put(keys::link(ino, parent, name), &());
-        self.recount(ino, &inode, before, parent, true)?;
+        if recounts {
+            self.recount(ino, &inode, before, parent, true)?;
+        }
         self.tell_of_name(parent, name, ino);
         Ok(())
     }
 
     /// Takes an inode out of a directory; link counts stay with the caller.
-    fn unhook(&mut self, parent: Ino, name: &FileName, ino: Ino) -> Outcome<()> {
+    fn unhook(&mut self, parent: Ino, name: &FileName, ino: Ino, recounts: bool) -> Outcome<()> {
         let entry = self.entry(parent, name)?;
-        let before = self.home_unless_directory(ino)?;
+        let before = if recounts { self.home_unless_directory(ino)? } else { None };
         let mut inode = self.inode(ino)?;
         inode.ctime = self.at;
         self.put_inode(ino, &inode);
@@ -315,7 +327,9 @@ impl Apply<'_, '_> {
         self.txn.delete(keys::name(parent, name));
         self.txn.delete(keys::cookie(parent, entry.cookie));
         self.txn.delete(keys::link(ino, parent, name));
-        self.recount(ino, &inode, before, parent, false)?;
+        if recounts {
+            self.recount(ino, &inode, before, parent, false)?;
+        }
         self.tell_of_name(parent, name, ino);
         Ok(())
     }
@@ -326,7 +340,7 @@ impl Apply<'_, '_> {
 
     /// Moves what the inode counts for from the directory that had it to the one that has it now.
     fn recount(&mut self, ino: Ino, inode: &Inode, before: Option<Ino>, parent: Ino, added: bool) -> Outcome<()> {
-        let counts = inode.contribution();
+        let counts = self.counts_for(ino, inode)?;
         if inode.is_dir() {
             let difference = if added { counts } else { Totals::default().minus(counts) };
             return self.add_totals(parent, difference);

@@ -1,7 +1,6 @@
 //! Quotas: limits on what is below a directory.
 //!
-//! The limits stand in the directory's own record, so whoever carries counts up to it sees them on
-//! the way. A command is judged by what it changed as a whole: what it takes away and adds again at
+//! The limits stand in the directory's inode, so whoever carries counts up to it sees them on the way. A command is judged by what it changed as a whole: what it takes away and adds again at
 //! the same place is no growth.
 //!
 //! Names do not move across the edge of a quota, as they do not between file systems: what counts
@@ -9,12 +8,16 @@
 
 use ctfs_types::Ino;
 
-use super::{Apply, Totals, keys, records::Inode, txn::Outcome};
+use super::{Apply, keys, records::Inode, txn::Outcome};
 use crate::{Change, MetaError, Op, Quota, Reply};
 
 impl Apply<'_, '_> {
     pub(super) fn set_quota(&mut self, ino: Ino, quota: Quota) -> Outcome<Reply> {
         let mut inode = self.directory(ino)?;
+        // What happens ahead of the log asks for no limits.
+        if let Some((dir, holder)) = self.held_below(ino)? {
+            return Err(MetaError::Held { ino: dir, holder }.into());
+        }
         self.put_quota(ino, &mut inode, quota);
         self.put_inode(ino, &inode);
         self.changed(Change::Attr { ino });
@@ -39,10 +42,10 @@ impl Apply<'_, '_> {
     }
 
     /// The nearest directory with a quota: `dir` itself or one above it.
-    fn quota_root(&mut self, dir: Ino) -> Outcome<Option<Ino>> {
+    pub(super) fn quota_root(&mut self, dir: Ino) -> Outcome<Option<Ino>> {
         let mut ino = dir;
         loop {
-            let record = self.inode(ino)?.dir.ok_or(MetaError::NotDirectory(ino))?;
+            let record = self.peek_inode(ino)?.dir.ok_or(MetaError::NotDirectory(ino))?;
             if !record.quota.is_none() {
                 return Ok(Some(ino));
             }
@@ -61,11 +64,12 @@ impl Apply<'_, '_> {
         Err(MetaError::AcrossQuota { from, to }.into())
     }
 
-    /// Remembers what was below a directory before the command changed it.
-    pub(super) fn note_totals(&mut self, ino: Ino, quota: Quota, totals: Totals) {
-        if !quota.is_none() {
-            self.counted.entry(ino).or_insert(totals);
+    /// Remembers what was below a directory before the command changed it, if there is a limit.
+    pub(super) fn note_totals(&mut self, ino: Ino, quota: Quota) -> Outcome<()> {
+        if !quota.is_none() && !self.counted.contains_key(&ino) {
+            self.counted.insert(ino, self.txn.totals(ino)?);
         }
+        Ok(())
     }
 
     /// Refuses a command that made something grow over its limit. Those that take away never are
@@ -76,9 +80,9 @@ impl Apply<'_, '_> {
             Op::Make { .. } | Op::Link { .. } | Op::Rename { .. } | Op::SetAttr { .. } | Op::Write { .. } | Op::CloneCells { .. }
         );
         for (ino, before) in std::mem::take(&mut self.counted) {
-            if let Some(dir) = self.inode(ino)?.dir
+            if let Some(dir) = self.peek_inode(ino)?.dir
                 && grows
-                && dir.quota.refuses(before, dir.totals)
+                && dir.quota.refuses(before, self.txn.totals(ino)?)
             {
                 return Err(MetaError::QuotaExceeded { dir: ino }.into());
             }

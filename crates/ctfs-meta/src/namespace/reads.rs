@@ -1,7 +1,10 @@
 //! What everybody else asks of the namespace. Each answer sees one applied index, because the
 //! caller holds the lock.
 
-use std::{collections::BTreeMap, ops::ControlFlow};
+use std::{
+    collections::BTreeMap,
+    ops::{ControlFlow, Range},
+};
 
 use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, FileUse, Holder, Incarnation, Ino, NodeId, Timestamp};
 use serde::de::DeserializeOwned;
@@ -11,21 +14,26 @@ use super::{
     cuts::{Cut, is_dead},
     keys,
     locks::{self, Wish},
-    records::{self, CookieEntry, Dentry, Inode},
+    records::{self, CookieEntry, Dentry, Inode, Numbers},
+    view::View,
 };
 use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, Quota, QuotaUse, StoreError, TokenRecord};
 
 type Read<T> = Result<T, StoreError>;
 
 impl Namespace {
+    fn view(&self) -> View<'_> {
+        View::ahead(&*self.store, &self.layer.records, &self.layer.sums)
+    }
+
     fn record<T: DeserializeOwned>(&self, key: &[u8]) -> Read<Option<T>> {
-        self.store.get(key)?.map(|bytes| records::decode(key, &bytes)).transpose()
+        self.view().get(key)?.map(|bytes| records::decode(key, &bytes)).transpose()
     }
 
     /// Visits records until `visit` breaks or fails.
     fn each(&self, from: &[u8], to: &[u8], mut visit: impl FnMut(&[u8], &[u8]) -> Read<ControlFlow<()>>) -> Read<()> {
         let mut failed = None;
-        self.store.range(from, to, &mut |key, value| match visit(key, value) {
+        self.view().range(from, to, &mut |key, value| match visit(key, value) {
             Ok(flow) => flow,
             Err(error) => {
                 failed = Some(error);
@@ -45,7 +53,7 @@ impl Namespace {
         Ok(found)
     }
 
-    fn inode(&self, ino: Ino) -> Read<Option<Inode>> {
+    pub(super) fn inode(&self, ino: Ino) -> Read<Option<Inode>> {
         self.record(&keys::inode(ino))
     }
 
@@ -85,7 +93,7 @@ impl Namespace {
     }
 
     pub fn xattr(&self, ino: Ino, name: &[u8]) -> Read<Option<Vec<u8>>> {
-        self.store.get(&keys::xattr(ino, name))
+        self.view().get(&keys::xattr(ino, name))
     }
 
     pub fn xattr_names(&self, ino: Ino) -> Read<Vec<Vec<u8>>> {
@@ -122,7 +130,8 @@ impl Namespace {
     /// Up to `limit` inodes with cells that were taken away and are not freed yet: what
     /// [`crate::Op::FreeCells`] shall go on with. Some may be gone themselves.
     pub fn unfreed(&self, limit: usize) -> Vec<Ino> {
-        self.cuts.keys().copied().take(limit).collect()
+        // What a server holds alone is freed when it has given that up.
+        self.cuts.keys().copied().filter(|ino| matches!(self.cover(*ino), Ok(None))).take(limit).collect()
     }
 
     pub(super) fn stored_cuts(&self) -> Read<BTreeMap<Ino, Vec<Cut>>> {
@@ -148,7 +157,7 @@ impl Namespace {
     }
 
     pub fn waits_for_lock(&self, ino: Ino, owner: LockOwner, ticket: u64) -> Read<bool> {
-        Ok(self.store.get(&keys::wait(owner, ino, ticket))?.is_some())
+        Ok(self.view().get(&keys::wait(owner, ino, ticket))?.is_some())
     }
 
     /// Files that `holder` holds, each with the request by which it does.
@@ -168,6 +177,20 @@ impl Namespace {
         Ok(held)
     }
 
+    /// Up to `limit` directories that `holder` holds, each with the request by which it does.
+    pub fn held_directories(&self, holder: Holder, limit: usize) -> Read<Vec<(Ino, u64)>> {
+        let (from, to) = keys::under(keys::OWNED, &[holder.node.0, holder.incarnation.0]);
+        let mut held = Vec::new();
+        self.each(&from, &to, |key, _| {
+            let ino = keys::number_at(key, 17).map(Ino).expect("as keys::owned makes it");
+            if let Some(Inode { usage: FileUse::Owned { since, .. }, dir: Some(_), .. }) = self.inode(ino)? {
+                held.push((ino, since));
+            }
+            Ok(if held.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        Ok(held)
+    }
+
     pub fn locks(&self, ino: Ino, kind: LockKind) -> Read<Vec<Lock>> {
         let table: Vec<Lock> = self.record(&keys::locks(ino))?.unwrap_or_default();
         Ok(table.into_iter().filter(|lock| lock.kind == kind).collect())
@@ -175,7 +198,28 @@ impl Namespace {
 
     /// Recursive counts below a directory.
     pub fn totals(&self, dir: Ino) -> Read<Option<Totals>> {
-        Ok(self.inode(dir)?.and_then(|inode| inode.dir).map(|dir| dir.totals))
+        match self.inode(dir)? {
+            Some(inode) if inode.is_dir() => Ok(Some(self.counted(dir)?)),
+            _ => Ok(None),
+        }
+    }
+
+    fn counted(&self, dir: Ino) -> Read<Totals> {
+        let key = keys::totals(dir);
+        let committed: Totals = self.record(&key)?.unwrap_or_default();
+        Ok(committed.plus(self.view().added(&key)))
+    }
+
+    /// Inode numbers that a client has reserved and not used, in order.
+    pub fn reserved_inos(&self, client: u64) -> Read<Vec<Range<Ino>>> {
+        let (from, to) = keys::under(keys::NUMBERS, &[client]);
+        let mut found = Vec::new();
+        self.each(&from, &to, |key, value| {
+            let Numbers { next, end } = records::decode(key, value)?;
+            found.push(next..end);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
     }
 
     /// The limits set on `dir` itself.
@@ -193,7 +237,9 @@ impl Namespace {
         })?;
         let mut found = Vec::with_capacity(inos.len());
         for ino in inos {
-            found.extend(self.inode(ino)?.and_then(|inode| inode.dir).map(|dir| QuotaUse { dir: ino, quota: dir.quota, totals: dir.totals }));
+            if let Some(dir) = self.inode(ino)?.and_then(|inode| inode.dir) {
+                found.push(QuotaUse { dir: ino, quota: dir.quota, totals: self.counted(ino)? });
+            }
         }
         Ok(found)
     }
@@ -211,7 +257,7 @@ impl Namespace {
                 Some(Inode { nlink: 0, .. }) | None => None,
                 Some(Inode { dir: Some(dir), .. }) => {
                     if !dir.quota.is_none() {
-                        found.push(QuotaUse { dir: ino, quota: dir.quota, totals: dir.totals });
+                        found.push(QuotaUse { dir: ino, quota: dir.quota, totals: self.counted(ino)? });
                     }
                     (ino != Ino::ROOT).then_some(dir.parent)
                 }
@@ -221,17 +267,18 @@ impl Namespace {
         Ok(found)
     }
 
-    /// Up to `limit` inodes without a name, in order, after `after` ([`Ino`] 0 starts).
+    /// Up to `limit` inodes without a name, in order, after `after` ([`Ino`] 0 starts). Only those of which
+    /// the log knows it: of the others, servers that are asked would say that they may open them yet.
     pub fn orphans(&self, after: Ino, limit: usize) -> Read<Vec<Ino>> {
         let (_, to) = keys::under(keys::ORPHAN, &[]);
         let from = keys::orphan(Ino(after.0.saturating_add(1)));
         let mut found = Vec::new();
-        self.each(&from, &to, |key, _| {
+        self.store.range(&from, &to, &mut |key, _| {
             if found.len() >= limit {
-                return Ok(ControlFlow::Break(()));
+                return ControlFlow::Break(());
             }
             found.push(Ino(keys::number_at(key, 1).expect("orphan keys end in the inode")));
-            Ok(ControlFlow::Continue(()))
+            ControlFlow::Continue(())
         })?;
         Ok(found)
     }
@@ -336,7 +383,7 @@ impl Namespace {
         Ok(EffectivePolicy { copies: copies.unwrap_or(0), cell: cell.unwrap_or_default() })
     }
 
-    fn first_link(&self, ino: Ino) -> Read<Option<(Ino, FileName)>> {
+    pub(super) fn first_link(&self, ino: Ino) -> Read<Option<(Ino, FileName)>> {
         let (from, to) = keys::under(keys::LINK, &[ino.0]);
         let mut found = None;
         self.each(&from, &to, |key, _| {

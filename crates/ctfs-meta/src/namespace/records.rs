@@ -1,12 +1,13 @@
 //! The records as they are stored, each behind a version byte.
 
-use ctfs_types::{Attr, CellSize, FileKind, FileName, FileUse, Ino, Timestamp, codec};
+use ctfs_types::{Attr, CellSize, FileKind, FileName, FileUse, Ino, Stamp, Timestamp, codec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Totals;
 use crate::{Quota, StoreError};
 
-const VERSION: u8 = 1;
+/// 2: stamps that the inode counts, counts of a directory in a record of their own.
+pub const VERSION: u8 = 2;
 /// No record comes near: the largest holds one extended attribute or one inline cell.
 const RECORD_BYTES_MAX: usize = 16 << 20;
 
@@ -33,12 +34,13 @@ pub struct Inode {
     pub ctime: Timestamp,
     pub btime: Timestamp,
     pub rdev: u64,
+    /// Counts the commands that changed the bytes; 1 when made.
     pub data_version: u64,
     pub cell: CellSize,
     /// Of a symlink.
     pub target: Vec<u8>,
     pub dir: Option<Dir>,
-    /// Of a file.
+    /// Of a file or a directory.
     pub usage: FileUse,
 }
 
@@ -49,14 +51,12 @@ pub struct Dir {
     pub entries: u64,
     pub subdirs: u32,
     pub next_cookie: u64,
-    /// Everything below.
-    pub totals: Totals,
     pub quota: Quota,
 }
 
 impl Dir {
     pub fn new(parent: Ino) -> Self {
-        Self { parent, entries: 0, subdirs: 0, next_cookie: 1, totals: Totals::default(), quota: Quota::default() }
+        Self { parent, entries: 0, subdirs: 0, next_cookie: 1, quota: Quota::default() }
     }
 }
 
@@ -87,12 +87,24 @@ impl Inode {
         self.dir.is_some()
     }
 
-    /// What the inode adds to the counts of the directories above it.
+    /// What the inode itself adds to the counts of the directories above it; of a directory, what is
+    /// below it comes on top.
     pub fn contribution(&self) -> Totals {
         match &self.dir {
-            Some(dir) => Totals { directories: dir.totals.directories + 1, ..dir.totals },
+            Some(_) => Totals { directories: 1, ..Totals::default() },
             None => Totals { files: 1, directories: 0, bytes: self.size, allocated: self.allocated },
         }
+    }
+
+    /// The stamp of the latest change of the bytes.
+    pub fn stamp(&self) -> Stamp {
+        Stamp(self.data_version)
+    }
+
+    /// The same, moved on. Once in each command that changes the bytes, before it changes them.
+    pub fn next_stamp(&mut self) -> Stamp {
+        self.data_version += 1;
+        self.stamp()
     }
 }
 
@@ -110,6 +122,13 @@ pub struct CookieEntry {
     pub kind: FileKind,
 }
 
+/// Inode numbers that are set aside for one client: those in `[next, end)` are not used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numbers {
+    pub next: Ino,
+    pub end: Ino,
+}
+
 /// Numbers of the whole volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
@@ -118,10 +137,12 @@ pub struct Counters {
     pub chunks: u64,
     /// Directories with a quota.
     pub quotas: u64,
+    /// Directories that servers hold.
+    pub delegated: u64,
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0, quotas: 0 }
+        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0, quotas: 0, delegated: 0 }
     }
 }

@@ -1,11 +1,20 @@
 //! The writes of one log entry over the store, with one layer per command that can be thrown away.
 
-use std::{collections::BTreeMap, ops::ControlFlow};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::ControlFlow,
+};
 
+use ctfs_types::Ino;
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{keys, records};
-use crate::{Batch, Change, MetaError, Store, StoreError};
+use super::{
+    Totals,
+    cover::Subject,
+    keys, records,
+    view::{View, merged},
+};
+use crate::{Batch, Change, MetaError, StoreError};
 
 /// Why a command stopped: refused, or the store is broken.
 #[derive(Debug)]
@@ -29,28 +38,83 @@ impl From<StoreError> for Fail {
 pub type Outcome<T> = Result<T, Fail>;
 
 pub struct Txn<'a> {
-    store: &'a dyn Store,
+    store: View<'a>,
     /// What the store said, so that nothing is asked twice and the state hash knows the old values.
     originals: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     entry: Batch,
     command: Batch,
+    /// What is added to counts, by key: a command that adds need not know what others have added.
+    entry_added: BTreeMap<Vec<u8>, Totals>,
+    command_added: BTreeMap<Vec<u8>, Totals>,
+    /// Inodes of which the command looked at something or changed it.
+    touched: BTreeSet<Ino>,
+    /// Lives of which it did.
+    lives: BTreeSet<u64>,
+    /// It looked at something, or changed it, that belongs to no inode and no life.
+    beyond: bool,
     pub changes: Vec<Change>,
 }
 
 impl<'a> Txn<'a> {
-    pub fn new(store: &'a dyn Store) -> Self {
-        Self { store, originals: BTreeMap::new(), entry: Batch::new(), command: Batch::new(), changes: Vec::new() }
+    pub fn new(store: View<'a>) -> Self {
+        Self {
+            store,
+            originals: BTreeMap::new(),
+            entry: Batch::new(),
+            command: Batch::new(),
+            entry_added: BTreeMap::new(),
+            command_added: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            lives: BTreeSet::new(),
+            beyond: false,
+            changes: Vec::new(),
+        }
+    }
+
+    /// What the next command touches is noted from here on.
+    pub fn begin(&mut self) {
+        self.touched.clear();
+        self.lives.clear();
+        self.beyond = false;
+    }
+
+    fn note(&mut self, key: &[u8]) {
+        match Subject::of(key) {
+            Subject::Inode(ino) => drop(self.touched.insert(ino)),
+            Subject::Life(life) => drop(self.lives.insert(life)),
+            Subject::Sum => {}
+            Subject::Volume => self.beyond = true,
+        }
+    }
+
+    /// Inodes that the command touched, in order.
+    pub fn touched(&self) -> Vec<Ino> {
+        self.touched.iter().copied().collect()
+    }
+
+    /// Whether the command touched nothing but inodes and what belongs to this life.
+    pub fn touches_only_life(&self, life: u64) -> bool {
+        !self.beyond && self.lives.iter().all(|other| *other == life)
+    }
+
+    /// The command looked at something that others may change at any time.
+    pub fn goes_beyond(&mut self) {
+        self.beyond = true;
     }
 
     /// Keeps what the command wrote.
     pub fn keep(&mut self) -> Vec<Change> {
         self.entry.append(&mut self.command);
+        for (key, difference) in std::mem::take(&mut self.command_added) {
+            add_to(&mut self.entry_added, key, difference);
+        }
         std::mem::take(&mut self.changes)
     }
 
     /// Forgets what the command wrote.
     pub fn discard(&mut self) {
         self.command.clear();
+        self.command_added.clear();
         self.changes.clear();
     }
 
@@ -64,6 +128,13 @@ impl<'a> Txn<'a> {
     }
 
     pub fn get_raw(&mut self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.note(key);
+        self.peek_raw(key)
+    }
+
+    /// As [`Self::get_raw`], of something that does not decide what the command does to others: not
+    /// noted as touched.
+    pub fn peek_raw(&mut self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         match self.command.get(key).or_else(|| self.entry.get(key)) {
             Some(value) => Ok(value.clone()),
             None => self.original(key),
@@ -74,66 +145,97 @@ impl<'a> Txn<'a> {
         self.get_raw(key)?.map(|bytes| records::decode(key, &bytes)).transpose()
     }
 
+    pub fn peek<T: DeserializeOwned>(&mut self, key: &[u8]) -> Result<Option<T>, StoreError> {
+        self.peek_raw(key)?.map(|bytes| records::decode(key, &bytes)).transpose()
+    }
+
+    /// As it was before this command.
+    pub fn before<T: DeserializeOwned>(&mut self, key: &[u8]) -> Result<Option<T>, StoreError> {
+        let bytes = match self.entry.get(key) {
+            Some(value) => value.clone(),
+            None => self.original(key)?,
+        };
+        bytes.map(|bytes| records::decode(key, &bytes)).transpose()
+    }
+
     pub fn put<T: Serialize>(&mut self, key: Vec<u8>, record: &T) {
+        self.note(&key);
         self.command.insert(key, Some(records::encode(record)));
     }
 
     pub fn put_raw(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.note(&key);
         self.command.insert(key, Some(value));
     }
 
     pub fn delete(&mut self, key: Vec<u8>) {
+        self.note(&key);
         self.command.insert(key, None);
     }
 
     /// Up to `limit` records with `from <= key < to`, the writes so far included.
     pub fn scan(&mut self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
-        if from >= to {
-            return Ok(Vec::new());
-        }
-        let range = from.to_vec()..to.to_vec();
-        let mut overlay: BTreeMap<&[u8], &Option<Vec<u8>>> = BTreeMap::new();
-        overlay.extend(self.entry.range(range.clone()).map(|(k, v)| (k.as_slice(), v)));
-        overlay.extend(self.command.range(range).map(|(k, v)| (k.as_slice(), v)));
-        let mut overlay = overlay.into_iter().peekable();
+        self.note(from);
+        self.found(&[&self.entry, &self.command], from, to, limit)
+    }
+
+    /// The same as they were before this command.
+    pub fn scan_before(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+        self.found(&[&self.entry], from, to, limit)
+    }
+
+    /// Records of the store with these batches over it, the last one on top.
+    fn found(&self, over: &[&Batch], from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         let mut found = Vec::new();
-        self.store.range(from, to, &mut |key, value| {
-            while found.len() < limit
-                && let Some((k, v)) = overlay.next_if(|(k, _)| *k < key)
-            {
-                found.extend(v.as_ref().map(|v| (k.to_vec(), v.clone())));
-            }
-            if found.len() >= limit {
-                return ControlFlow::Break(());
-            }
-            match overlay.next_if(|(k, _)| *k == key) {
-                Some((k, v)) => found.extend(v.as_ref().map(|v| (k.to_vec(), v.clone()))),
-                None => found.push((key.to_vec(), value.to_vec())),
-            }
-            ControlFlow::Continue(())
-        })?;
-        for (k, v) in overlay {
-            if found.len() >= limit {
-                break;
-            }
-            found.extend(v.as_ref().map(|v| (k.to_vec(), v.clone())));
+        if from >= to || limit == 0 {
+            return Ok(found);
         }
-        found.truncate(limit);
+        let range = || from.to_vec()..to.to_vec();
+        let mut top: BTreeMap<&[u8], Option<&[u8]>> = BTreeMap::new();
+        for batch in over {
+            top.extend(batch.range(range()).map(|(key, value)| (key.as_slice(), value.as_deref())));
+        }
+        merged(top.into_iter(), |visit| self.store.range(from, to, visit), &mut |key, value| {
+            found.push((key.to_vec(), value.to_vec()));
+            if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
         Ok(found)
     }
 
-    /// Records with `from <= key < to` that this entry wrote and not deleted since.
-    pub fn written(&self, from: &[u8], to: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
-        let range = from.to_vec()..to.to_vec();
-        let mut written: BTreeMap<&Vec<u8>, &Option<Vec<u8>>> = self.entry.range(range.clone()).collect();
-        written.extend(self.command.range(range));
-        written.into_iter().filter_map(|(key, value)| Some((key.clone(), value.clone()?))).collect()
+    /// Adds a (wrapped) difference to the counts under a key. Nothing else changes such a record.
+    pub fn add(&mut self, key: Vec<u8>, difference: Totals) {
+        debug_assert_eq!(key.first(), Some(&keys::TOTALS), "only counts are added to");
+        add_to(&mut self.command_added, key, difference);
+    }
+
+    /// The recursive counts of a directory, with what was added so far.
+    pub fn totals(&mut self, dir: Ino) -> Result<Totals, StoreError> {
+        let key = keys::totals(dir);
+        let base = self.original_totals(&key)?;
+        let added = [&self.entry_added, &self.command_added].into_iter().filter_map(|added| added.get(&key));
+        Ok(added.fold(base, |sum, difference| sum.plus(*difference)))
+    }
+
+    fn original_totals(&mut self, key: &[u8]) -> Result<Totals, StoreError> {
+        let base: Option<Totals> = self.original(key)?.map(|bytes| records::decode(key, &bytes)).transpose()?;
+        Ok(base.unwrap_or_default().plus(self.store.added(key)))
+    }
+
+    /// What all commands so far have written, and added.
+    pub fn written_and_added(self) -> (Batch, BTreeMap<Vec<u8>, Totals>) {
+        (self.entry, self.entry_added)
     }
 
     /// The writes of the whole entry, and how they change the state hash.
     pub fn finish(mut self) -> Result<(Batch, u128), StoreError> {
-        assert!(self.command.is_empty(), "each command was kept or discarded");
-        let entry = std::mem::take(&mut self.entry);
+        assert!(self.command.is_empty() && self.command_added.is_empty(), "each command was kept or discarded");
+        let mut entry = std::mem::take(&mut self.entry);
+        for (key, difference) in std::mem::take(&mut self.entry_added) {
+            let sum = self.original_totals(&key)?.plus(difference);
+            let record = (sum != Totals::default()).then(|| records::encode(&sum));
+            let written = entry.insert(key, record);
+            debug_assert_eq!(written, None, "counts are changed by adding alone");
+        }
         let mut difference = 0u128;
         for (key, value) in &entry {
             if let Some(old) = self.original(key)? {
@@ -145,6 +247,12 @@ impl<'a> Txn<'a> {
         }
         Ok((entry, difference))
     }
+}
+
+/// Sums up by key; what comes to nothing is left out.
+fn add_to(sums: &mut BTreeMap<Vec<u8>, Totals>, key: Vec<u8>, difference: Totals) {
+    let sum = sums.get(&key).copied().unwrap_or_default().plus(difference);
+    if sum == Totals::default() { sums.remove(&key) } else { sums.insert(key, sum) };
 }
 
 /// What one record adds to the state hash; nothing for records that are no part of the state.

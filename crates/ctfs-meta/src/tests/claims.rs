@@ -9,6 +9,7 @@ mod holding;
 mod lock_waiters;
 mod locks;
 mod names;
+mod numbers;
 mod quotas;
 mod requests;
 mod totals;

@@ -4,14 +4,14 @@
 //! older program would answer otherwise. Then the version in front of it must be raised; see
 //! `docs/formats.md`. A new variant at the end of an enum only adds lines.
 
-use ctfs_types::{Attr, CellSize, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId, codec};
+use ctfs_types::{Attr, CellSize, FileKind, FileUse, Holder, Incarnation, Ino, NodeId, Stamp, codec};
 use serde::Serialize;
 
 use super::harness::{
     CLIENT, Volume, chunk, chunk_id, dump, identity, inline, member, name, node, owner, record_lock, time, token,
 };
 use crate::{
-    CellWrite, LockKind, MemberState, MetaError, NewContent, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
+    CellWrite, LockKind, MemberState, MetaError, NewContent, NewNode, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
 };
 
 const ROOT: Ino = Ino::ROOT;
@@ -22,7 +22,7 @@ const HOLDER: Holder = Holder { node: NodeId(2), incarnation: Incarnation(1) };
 fn ops() -> Vec<Op> {
     let make = |parent, text: &str, content| Op::Make { parent, name: name(text), node: node(content, 0o2755) };
     let (dir, file, copy) = (Ino(2), Ino(3), Ino(4));
-    let cell = |cell, data| CellWrite { cell, expect: LogIndex(0), start: 7, data, copies: 2 };
+    let cell = |cell, data| CellWrite { cell, expect: Stamp(0), start: 7, data, copies: 2 };
     let locker = owner(2, 1, 99);
     vec![
         Op::Noop,
@@ -113,6 +113,12 @@ fn ops() -> Vec<Op> {
         Op::AwaitLock { ino: file, lock: record_lock(owner(2, 1, 96), false, 10, 19), ticket: 301 },
         Op::WithdrawLock { ino: file, owner: owner(2, 1, 96), ticket: 301 },
         Op::Overtake { ino: file, owner: owner(2, 1, 97), ticket: 300 },
+        Op::ReserveInos { count: 300 },
+        Op::Make {
+            parent: dir,
+            name: name("numbered"),
+            node: NewNode { ino: Some(Ino(20)), ..node(NewContent::File, 0o644) },
+        },
         // Refused, and so remembered.
         Op::Unlink { parent: ROOT, name: name("nothing") },
     ]
@@ -155,6 +161,9 @@ fn errors() -> Vec<MetaError> {
         MetaError::Deadlock,
         MetaError::TooManyWaiters,
         MetaError::NotWaiting,
+        MetaError::NumberNotReserved(ino),
+        MetaError::BadReservation(70_000),
+        MetaError::TooManyReservations,
     ]
 }
 
@@ -182,15 +191,16 @@ fn replies() -> Vec<Reply> {
         Reply::Done,
         Reply::Entry { attr: attr.clone(), made: true },
         Reply::Attr(attr.clone()),
-        Reply::Written { attr, stamp: LogIndex(251) },
+        Reply::Written { attr, stamp: Stamp(251) },
         Reply::Joined { member: member(1) },
         Reply::Locked,
         Reply::Queued,
+        Reply::Inos { first: Ino(300), count: 70_000 },
     ]
 }
 
 fn line(what: &str, value: &impl Serialize) -> String {
-    format!("{what} {}\n", hex(&codec::encode(1, value)))
+    format!("{what} {}\n", hex(&codec::encode(2, value)))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -203,7 +213,7 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_1() {
+fn the_encoded_bytes_are_those_of_version_2() {
     let mut text = String::new();
     for error in errors() {
         text += &line(&format!("error {}", variant(&error)), &error);
@@ -223,7 +233,7 @@ fn the_encoded_bytes_are_those_of_version_1() {
     let records = dump(volume.ns.store(), &[0xff]);
     let mut kinds: Vec<u8> = records.keys().map(|key| key[0]).collect();
     kinds.dedup();
-    assert_eq!(kinds, (1..=23).collect::<Vec<_>>(), "a record of each kind");
+    assert_eq!(kinds, (1..=25).collect::<Vec<_>>(), "a record of each kind");
     for (key, value) in records {
         text += &format!("record {} {}\n", hex(&key), hex(&value));
     }

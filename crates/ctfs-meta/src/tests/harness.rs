@@ -1,7 +1,7 @@
 //! A volume that a test drives one command at a time, with a clock that ticks once a command.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::ControlFlow,
     sync::{
         Arc,
@@ -9,7 +9,8 @@ use std::{
     },
 };
 
-use ctfs_types::{Attr, ChunkId, ExtentData, FileName, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp};
+use ctfs_types::{Attr, ChunkId, ExtentData, FileName, Incarnation, Ino, NodeId, RequestId, Stamp, Timestamp};
+use parking_lot::Mutex;
 
 use crate::{
     Batch, CellWrite, Change, ClusterIdentity, Command, Lock, LockKind, LockOwner, Member, MemberState, MemoryStore,
@@ -31,6 +32,8 @@ pub struct Volume {
     pub changes: Vec<Change>,
     /// Batches the store was given.
     pub writes: Arc<AtomicU64>,
+    /// Keys the store was asked for by name.
+    pub asked: Arc<Mutex<BTreeSet<Vec<u8>>>>,
 }
 
 impl Volume {
@@ -40,10 +43,11 @@ impl Volume {
 
     pub fn over(store: MemoryStore) -> Self {
         let writes = Arc::new(AtomicU64::new(0));
-        let store = CountingStore { inner: store, writes: writes.clone() };
+        let asked = Arc::new(Mutex::default());
+        let store = CountingStore { inner: store, writes: writes.clone(), asked: asked.clone() };
         let ns = Namespace::open(Box::new(store)).expect("memory store opens");
         let ticks = ns.applied().0;
-        Self { ns, ticks, changes: Vec::new(), writes }
+        Self { ns, ticks, changes: Vec::new(), writes, asked }
     }
 
     /// A volume of which one command frees no more than so many cells.
@@ -181,9 +185,9 @@ impl Volume {
     }
 
     /// The stamp of a cell, 0 for a hole.
-    pub fn stamp(&self, ino: Ino, cell: u64) -> LogIndex {
+    pub fn stamp(&self, ino: Ino, cell: u64) -> Stamp {
         let cells = self.ns.cells(ino, cell, 1).expect("memory store");
-        cells.first().map_or(LogIndex(0), |cell| cell.extent.stamp)
+        cells.first().map_or(Stamp(0), |cell| cell.extent.stamp)
     }
 
     /// References of a chunk; `None` when the metadata knows nothing of it.
@@ -216,14 +220,16 @@ pub fn copy(ns: &Namespace) -> MemoryStore {
     store
 }
 
-/// Counts the batches written.
+/// Counts the batches written and notes the keys asked for.
 struct CountingStore {
     inner: MemoryStore,
     writes: Arc<AtomicU64>,
+    asked: Arc<Mutex<BTreeSet<Vec<u8>>>>,
 }
 
 impl Store for CountingStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.asked.lock().insert(key.to_vec());
         self.inner.get(key)
     }
 
@@ -252,7 +258,7 @@ pub fn name(text: &str) -> FileName {
 
 /// An exclusive make by uid 1000, gid 100.
 pub fn node(content: NewContent, mode: u16) -> NewNode {
-    NewNode { content, mode, umask: 0, uid: 1000, gid: 100, exclusive: true, holder: None }
+    NewNode { content, mode, umask: 0, uid: 1000, gid: 100, exclusive: true, holder: None, ino: None, cell: None }
 }
 
 pub fn write_op(ino: Ino, cells: Vec<CellWrite>, size_at_least: u64) -> Op {

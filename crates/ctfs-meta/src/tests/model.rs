@@ -13,7 +13,7 @@ use std::{
 };
 
 use ctfs_types::{
-    Attr, CellIndex, CellSize, ChunkId, Extent, FileKind, FileName, FileUse, Ino, LogIndex, Timestamp,
+    Attr, CellIndex, CellSize, ChunkId, Extent, FileKind, FileName, FileUse, Ino, Timestamp,
     limits::{FILE_BYTES_MAX, SYMLINK_BYTES_MAX},
 };
 
@@ -40,6 +40,8 @@ pub struct Model {
     /// Known chunks: their bytes and when they fell to no reference.
     pub chunks: BTreeMap<ChunkId, (u32, Option<Timestamp>)>,
     pub quotas: BTreeMap<Ino, Quota>,
+    /// Reserved numbers, by the first of each range: which is the next, and which is past the last.
+    pub numbers: BTreeMap<u64, (u64, u64)>,
 }
 
 fn attr(ino: Ino, kind: FileKind, mode: u16, at: Timestamp) -> Attr {
@@ -58,7 +60,7 @@ fn attr(ino: Ino, kind: FileKind, mode: u16, at: Timestamp) -> Attr {
         ctime: at,
         btime: at,
         rdev: 0,
-        data_version: 0,
+        data_version: 1,
         cell: CellSize::DEFAULT,
         usage: FileUse::Free,
     }
@@ -80,14 +82,14 @@ impl Model {
             target: None,
             xattrs: BTreeMap::new(),
         };
-        Self { inodes: BTreeMap::from([(Ino::ROOT, root)]), next: 2, chunks: BTreeMap::new(), quotas: BTreeMap::new() }
+        Self { inodes: BTreeMap::from([(Ino::ROOT, root)]), next: 2, chunks: BTreeMap::new(), quotas: BTreeMap::new(), numbers: BTreeMap::new() }
     }
 
-    /// Runs one command as the only one of log entry `index`.
-    pub fn run(&mut self, op: &Op, at: Timestamp, index: LogIndex) -> Result<(), Reasons> {
+    /// Runs one command, request `seq` of the usual client.
+    pub fn run(&mut self, op: &Op, at: Timestamp, seq: u64) -> Result<(), Reasons> {
         let mut next = self.clone();
         let held = self.held_from(op);
-        if let Err(mut reasons) = next.step(op, at, index) {
+        if let Err(mut reasons) = next.step(op, at, seq) {
             reasons.extend(held);
             return Err(reasons);
         }
@@ -119,14 +121,14 @@ impl Model {
         })
     }
 
-    fn step(&mut self, op: &Op, at: Timestamp, index: LogIndex) -> Result<(), Reasons> {
+    fn step(&mut self, op: &Op, at: Timestamp, seq: u64) -> Result<(), Reasons> {
         match op {
-            Op::Make { parent, name, node } => self.make(*parent, name, node, at, index),
+            Op::Make { parent, name, node } => self.make(*parent, name, node, at, seq),
             Op::Link { ino, parent, name } => self.link(*ino, *parent, name, at),
             Op::Unlink { parent, name } => self.unlink(*parent, name, at),
             Op::Rmdir { parent, name } => self.rmdir(*parent, name, at),
             Op::Rename { from, name, to, new_name, mode } => self.rename((*from, name), (*to, new_name), *mode, at),
-            Op::SetAttr { ino, set } => self.set_attr(*ino, set, at, index),
+            Op::SetAttr { ino, set } => self.set_attr(*ino, set, at),
             Op::SetXattr { ino, name, value, mode } => self.set_xattr(*ino, name, value, *mode, at),
             Op::RemoveXattr { ino, name } => self.remove_xattr(*ino, name, at),
             Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at } => {
@@ -134,7 +136,7 @@ impl Model {
                 if appends_at.is_some_and(|at| at != size) {
                     return Err(vec![MetaError::SizeChanged(*ino)]);
                 }
-                self.write(*ino, cells, *size_at_least, index)?;
+                self.write(*ino, cells, *size_at_least)?;
                 let inode = self.inode(*ino)?;
                 inode.attr.mtime = mtime.unwrap_or(at);
                 inode.attr.ctime = at;
@@ -145,13 +147,14 @@ impl Model {
             }
             Op::Punch { ino, first, cells } => {
                 let inode = self.file(*ino)?;
+                inode.attr.data_version += 1;
                 inode.cells.retain(|cell, _| cell.checked_sub(*first).is_none_or(|past| past >= *cells));
                 inode.attr.mtime = at;
                 inode.attr.ctime = at;
                 Ok(())
             }
             Op::CloneCells { source, first, ino, to, cells, size_at_least } => {
-                self.clone_cells((*source, *first), (*ino, *to), *cells, *size_at_least, index)?;
+                self.clone_cells((*source, *first), (*ino, *to), *cells, *size_at_least)?;
                 let inode = self.inode(*ino)?;
                 inode.attr.mtime = at;
                 inode.attr.ctime = at;
@@ -162,7 +165,7 @@ impl Model {
                 match *usage {
                     FileUse::Owned { holder: held, .. } if held != *holder => return Err(vec![MetaError::Held { ino: *ino, holder: held }]),
                     FileUse::Shared { .. } if !although_shared => return Err(vec![MetaError::Shared(*ino)]),
-                    _ => *usage = FileUse::Owned { holder: *holder, since: index.0 },
+                    _ => *usage = FileUse::Owned { holder: *holder, since: seq },
                 }
                 Ok(())
             }
@@ -172,6 +175,18 @@ impl Model {
                         inode.attr.usage = if *shared { FileUse::Shared { since: at } } else { FileUse::Free };
                     }
                 }
+                Ok(())
+            }
+            Op::ReserveInos { count } => {
+                if *count == 0 || *count > 1 << 16 {
+                    return Err(vec![MetaError::BadReservation(*count)]);
+                }
+                if self.numbers.len() == 64 {
+                    return Err(vec![MetaError::TooManyReservations]);
+                }
+                let end = self.next + u64::from(*count);
+                self.numbers.insert(self.next, (self.next, end));
+                self.next = end;
                 Ok(())
             }
             Op::SetQuota { ino, quota } => {
@@ -311,7 +326,7 @@ impl Model {
         self.inodes.get_mut(&ino).expect("an inode").attr.ctime = at;
     }
 
-    fn make(&mut self, parent: Ino, name: &FileName, new: &NewNode, at: Timestamp, index: LogIndex) -> Result<(), Reasons> {
+    fn make(&mut self, parent: Ino, name: &FileName, new: &NewNode, at: Timestamp, seq: u64) -> Result<(), Reasons> {
         let mut reasons = self.dir_reasons(parent, name);
         if let NewContent::Symlink { target } = &new.content
             && (target.is_empty() || target.len() > SYMLINK_BYTES_MAX)
@@ -325,6 +340,18 @@ impl Model {
             }
             reasons.push(MetaError::Exists { parent, name: name.clone() });
         }
+        let mut ino = Ino(self.next);
+        if let Some(number) = new.ino {
+            ino = number;
+            let mut ranges = self.numbers.values_mut();
+            match ranges.find(|(next, end)| (*next..*end).contains(&number.0)) {
+                Some((next, _)) => *next = number.0 + 1,
+                None => reasons.push(MetaError::NumberNotReserved(number)),
+            }
+            self.numbers.retain(|_, (next, end)| next < end);
+        } else {
+            self.next += 1;
+        }
         if !reasons.is_empty() {
             return Err(reasons);
         }
@@ -337,8 +364,6 @@ impl Model {
             NewContent::CharDevice { rdev } => (FileKind::CharDevice, None, *rdev),
             NewContent::BlockDevice { rdev } => (FileKind::BlockDevice, None, *rdev),
         };
-        let ino = Ino(self.next);
-        self.next += 1;
         let above = &self.inodes[&parent].attr;
         let mut attr = attr(ino, kind, new.mode & !new.umask & 0o7777, at);
         (attr.uid, attr.gid, attr.rdev) = (new.uid, new.gid, rdev);
@@ -352,7 +377,7 @@ impl Model {
             attr.mode = 0o777;
         }
         if let (FileKind::File, Some(holder)) = (kind, new.holder) {
-            attr.usage = FileUse::Owned { holder, since: index.0 };
+            attr.usage = FileUse::Owned { holder, since: seq };
         }
         let inode = Inode { attr, entries: BTreeMap::new(), cells: BTreeMap::new(), target, xattrs: BTreeMap::new() };
         self.inodes.insert(ino, inode);

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use ctfs_types::{FileKind, Ino, LogIndex};
+use ctfs_types::{FileKind, Ino};
 use proptest::prelude::*;
 
 use super::{
-    harness::{Volume, copy},
+    harness::{CLIENT, Volume, copy},
     model::{Model, gives_reason},
     observe::{Tree, observe},
     steps::{Action, Step, resolve, steps},
@@ -19,7 +19,7 @@ use crate::{Change, Op, Reply};
 fn run_freeing_at_most(cells: usize, steps: &[Step]) -> Result<(), TestCaseError> {
     let mut real = Volume::freeing_at_most(cells);
     let mut model = Model::new();
-    let seen = |tree: Tree| forget_versions(tree).without_space();
+    let seen = Tree::without_space;
     for (number, step) in steps.iter().enumerate() {
         // What the model forgets at once may still be named by a dead cell, and counts until it is
         // freed.
@@ -29,7 +29,7 @@ fn run_freeing_at_most(cells: usize, steps: &[Step]) -> Result<(), TestCaseError
         let op = resolve(&model, *step);
         let before = observe(&real.ns);
         let verdict = real.run(op.clone());
-        let expected = model.run(&op, real.now(), real.ns.applied());
+        let expected = model.run(&op, real.now(), real.ticks);
         prop_assert_eq!(verdict.is_ok(), expected.is_ok(), "step {} {:?}: {:?}", number, op, verdict);
         let after = observe(&real.ns);
         prop_assert_eq!(seen(after.clone()), seen(model.tree()), "tree after step {} {:?}", number, op);
@@ -52,7 +52,7 @@ fn run_freeing_at_most(cells: usize, steps: &[Step]) -> Result<(), TestCaseError
         }
     }
     real.free_all();
-    let all = |tree: Tree| forget_versions(tree).without_condemnations();
+    let all = Tree::without_condemnations;
     prop_assert_eq!(all(observe(&real.ns)), all(model.tree()), "once all is freed");
     Ok(())
 }
@@ -61,11 +61,11 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
     let mut real = Volume::new();
     let mut model = Model::new();
     let mut before = observe(&real.ns);
-    prop_assert_eq!(&forget_versions(before.clone()), &model.tree(), "empty volume");
+    prop_assert_eq!(&before, &model.tree(), "empty volume");
     for (number, step) in steps.iter().enumerate() {
         let op = resolve(&model, *step);
         let verdict = real.run(op.clone());
-        let expected = model.run(&op, real.now(), real.ns.applied());
+        let expected = model.run(&op, real.now(), real.ticks);
         match (&verdict, &expected) {
             (Ok(reply), Ok(())) => check_reply(&model, &op, reply)?,
             (Err(error), Err(reasons)) => {
@@ -74,37 +74,36 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
             _ => prop_assert!(false, "step {number} {op:?}: verdict {verdict:?}, model says {expected:?}"),
         }
         let after = observe(&real.ns);
-        prop_assert_eq!(&forget_versions(after.clone()), &model.tree(), "tree after step {} {:?}", number, op);
-        check_data_versions(&op, &before, &after, real.ns.applied())?;
+        prop_assert_eq!(&after, &model.tree(), "tree after step {} {:?}", number, op);
+        let reserved: Vec<_> = model.numbers.values().map(|&(next, end)| Ino(next)..Ino(end)).collect();
+        prop_assert_eq!(real.ns.reserved_inos(CLIENT).unwrap(), reserved, "numbers after step {} {:?}", number, op);
+        check_data_versions(&op, &before, &after)?;
         check_changes(&op, &before, &after, &real.changes)?;
         before = after;
     }
     Ok(())
 }
 
-/// Data versions have a check of their own.
-fn forget_versions(mut tree: Tree) -> Tree {
-    for seen in tree.inodes.values_mut() {
-        seen.attr.data_version = 0;
-    }
-    tree
-}
-
 /// Attributes in a reply are those after the command.
 fn check_reply(model: &Model, op: &Op, reply: &Reply) -> Result<(), TestCaseError> {
+    if let Reply::Inos { first, count } = reply {
+        prop_assert_eq!(first.0 + u64::from(*count), model.next, "reply of {:?}", op);
+        prop_assert_eq!(op, &Op::ReserveInos { count: *count });
+    }
+    if let Reply::Written { attr, stamp } = reply {
+        prop_assert_eq!(attr.data_version, stamp.0, "reply of {:?}", op);
+    }
     let (Reply::Entry { attr, .. } | Reply::Attr(attr) | Reply::Written { attr, .. }) = reply else { return Ok(()) };
-    let mut attr = attr.clone();
-    attr.data_version = 0;
-    prop_assert_eq!(&attr, &model.attr(attr.ino), "reply of {:?}", op);
+    prop_assert_eq!(attr, &model.attr(attr.ino), "reply of {:?}", op);
     if let Op::Make { parent, name, .. } = op {
         prop_assert_eq!(model.inodes[parent].entries.get(name), Some(&attr.ino), "reply of {:?}", op);
     }
     Ok(())
 }
 
-/// The data version moves to the command's index whenever bytes or size changed, and stands still
-/// when the command was about something else.
-fn check_data_versions(op: &Op, before: &Tree, after: &Tree, index: LogIndex) -> Result<(), TestCaseError> {
+/// The data version moves by one whenever bytes or size changed, and stands still when the command was
+/// about something else. Whatever cell is not as it was has it as its stamp.
+fn check_data_versions(op: &Op, before: &Tree, after: &Tree) -> Result<(), TestCaseError> {
     for (ino, now) in after.inodes.iter().filter(|(_, seen)| seen.attr.kind == FileKind::File) {
         let Some(was) = before.inodes.get(ino) else { continue };
         let touched = match op {
@@ -114,7 +113,10 @@ fn check_data_versions(op: &Op, before: &Tree, after: &Tree, index: LogIndex) ->
         };
         if (&was.cells, was.attr.size) != (&now.cells, now.attr.size) {
             prop_assert!(touched, "{:?} changed bytes of inode {}", op, ino);
-            prop_assert_eq!(now.attr.data_version, index.0, "data version of {} after {:?}", ino, op);
+            prop_assert_eq!(now.attr.data_version, was.attr.data_version + 1, "data version of {} after {:?}", ino, op);
+            for (cell, extent) in now.cells.iter().filter(|(cell, extent)| was.cells.get(cell) != Some(extent)) {
+                prop_assert_eq!(extent.stamp.0, now.attr.data_version, "cell {} of {} after {:?}", cell, ino, op);
+            }
         } else if !touched {
             prop_assert_eq!(now.attr.data_version, was.attr.data_version, "data version of {} after {:?}", ino, op);
         }

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use ctfs_types::{CellSize, ExtentData, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId, Timestamp, limits::FILE_BYTES_MAX};
+use ctfs_types::{CellSize, ExtentData, FileUse, Holder, Incarnation, Ino, NodeId, Stamp, Timestamp, limits::FILE_BYTES_MAX};
 use proptest::{collection::vec, prelude::*};
 
 use super::{
@@ -33,6 +33,7 @@ pub enum Action {
     Own,
     Disown,
     Quota,
+    Reserve,
 }
 
 /// What to do and where; each byte is a choice whose meaning depends on the action.
@@ -64,6 +65,7 @@ pub fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Action::Own),
         6 => Just(Action::Disown),
         3 => Just(Action::Quota),
+        3 => Just(Action::Reserve),
     ];
     vec((action, any::<[u8; 8]>()).prop_map(|(action, choices)| Step(action, choices)), 1..most)
 }
@@ -94,6 +96,12 @@ fn some_dir(model: &Model, choice: u8) -> Ino {
     if choice >= 245 { some_inode(model, choice.wrapping_mul(37)) } else { of(&dirs, choice) }
 }
 
+/// As [`some_file`], and never a directory that is there: held directories have a model of their own.
+fn some_file_alone(model: &Model, choice: u8) -> Ino {
+    let ino = some_file(model, choice);
+    if model.is_dir(ino) { Ino(1 << 40) } else { ino }
+}
+
 fn some_file(model: &Model, choice: u8) -> Ino {
     let files: Vec<Ino> = model.inodes.keys().copied().filter(|ino| !model.is_dir(*ino)).collect();
     if choice >= 245 || files.is_empty() { some_inode(model, choice.wrapping_mul(37)) } else { of(&files, choice) }
@@ -122,10 +130,14 @@ pub fn resolve(model: &Model, Step(action, c): Step) -> Op {
                 uid: u32::from(c[5] % 3),
                 gid: u32::from(c[6] % 3),
                 exclusive: c[7] % 2 == 0,
-                holder: (c[7] % 8 >= 6).then(|| holder(c[7])),
+                // Held directories have a model of their own (`two_servers`).
+                holder: (c[7] % 8 >= 6 && some_content(c[2]) != NewContent::Directory).then(|| holder(c[7])),
+                ino: some_number(model, c[6] / 3, c[5] / 3),
+                cell: None,
             },
         },
-        Action::Own => Op::Own { ino: some_file(model, c[0]), holder: holder(c[1]), although_shared: c[2] < 128 },
+        Action::Reserve => Op::ReserveInos { count: of(&[1, 2, 3, 7, 0, 300, 1 << 16, (1 << 16) + 1], c[0]) },
+        Action::Own => Op::Own { ino: some_file_alone(model, c[0]), holder: holder(c[1]), although_shared: c[2] < 128 },
         Action::Disown => {
             let held_since = |ino: &Ino| match model.inodes.get(ino).map(|inode| inode.attr.usage) {
                 Some(FileUse::Owned { since, .. }) => since - u64::from(c[5] % 8 == 0),
@@ -197,6 +209,22 @@ pub fn resolve(model: &Model, Step(action, c): Step) -> Op {
     }
 }
 
+/// None, or a number of a reserved range; now and then one that is not reserved any more, or never was.
+fn some_number(model: &Model, choice: u8, second: u8) -> Option<Ino> {
+    let (next, end) = match model.numbers.values().nth(usize::from(choice) % model.numbers.len().max(1)) {
+        _ if choice % 8 < 4 => return None,
+        None => return (choice % 8 == 7).then_some(Ino(u64::from(second))),
+        Some(range) => *range,
+    };
+    Some(Ino(match second % 16 {
+        0..10 => next,
+        10..13 => next + 1,
+        13 => end - 1,
+        14 => end,
+        _ => next - 1,
+    }))
+}
+
 fn some_content(choice: u8) -> NewContent {
     match choice % 16 {
         0..=6 => NewContent::File,
@@ -256,9 +284,9 @@ fn some_write(model: &Model, c: [u8; 8]) -> Op {
 
 fn some_cell(model: &Model, ino: Ino, cell: u64, c: [u8; 3]) -> CellWrite {
     let there = model.inodes.get(&ino).and_then(|inode| inode.cells.get(&cell));
-    let stamp = there.map_or(LogIndex(0), |extent| extent.stamp);
+    let stamp = there.map_or(Stamp(0), |extent| extent.stamp);
     // One in eight is late: somebody else has written meanwhile.
-    let expect = if c[0] % 8 == 0 { LogIndex(stamp.0.saturating_sub(1)) } else { stamp };
+    let expect = if c[0] % 8 == 0 { Stamp(stamp.0.saturating_sub(1)) } else { stamp };
     let data: Option<ExtentData> = match c[1] % 8 {
         0 => None,
         1 | 2 => Some(inline(&vec![c[1]; of(&[1, 100, 512, 513, 4096], c[2])])),

@@ -99,8 +99,9 @@ async fn a_stranger_with_the_right_hash_joins_and_becomes_a_member() {
     let dead = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let addresses = vec![dead.local_addr().unwrap().to_string(), a.network.local_addr().to_string()];
     let mut joiner = cluster.stranger();
-    let reply = Network::join(&addresses, cluster.ca.hash(), &joiner, b"secret".to_vec(), LONG).await.unwrap();
-    assert_eq!(reply, [&joiner.key_hash()[..], b"secret"].concat());
+    let joined = Network::join(&addresses, cluster.ca.hash(), &joiner, b"secret".to_vec(), LONG).await.unwrap();
+    assert_eq!(joined.reply, [&joiner.key_hash()[..], b"secret"].concat());
+    assert!(!joined.rtt.is_zero(), "the way to the cluster is measured");
     assert_eq!(a.handler.joined(), 1);
 
     let certificate = cluster.ca.sign(joiner.public_key_der(), "b").unwrap();
@@ -150,7 +151,7 @@ async fn a_refused_join_says_why() {
     let long = Network::join(&addresses, cluster.ca.hash(), &stranger, vec![0; JOIN_BYTES_MAX + 1], LONG).await;
     assert_eq!(long, Err(NetError::TooLong));
     let longest = Network::join(&addresses, cluster.ca.hash(), &stranger, vec![0; JOIN_BYTES_MAX], LONG).await;
-    assert_eq!(longest.unwrap().len(), 32 + JOIN_BYTES_MAX);
+    assert_eq!(longest.unwrap().reply.len(), 32 + JOIN_BYTES_MAX);
     let nobody = Network::join(&[], cluster.ca.hash(), &stranger, vec![], LONG).await;
     assert_eq!(nobody, Err(NetError::Unreachable));
 }

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use ctfs_meta::{MetaError, Op, Reply};
-use ctfs_types::{Attr, ExtentData, Ino, LogIndex};
+use ctfs_types::{Attr, ExtentData, Ino, Stamp};
 use tracing::{debug, warn};
 
 use super::{
@@ -171,7 +171,7 @@ impl Shared {
         let ns = self.meta.replica().read();
         for done in &write.cells {
             let extent = extent_of(&ns, ino, done.cell)?;
-            let stamp = extent.as_ref().map_or(LogIndex(0), |extent| extent.stamp);
+            let stamp = extent.as_ref().map_or(Stamp(0), |extent| extent.stamp);
             let same = extent.map(|extent| (extent.start, extent.data)) == done.data.clone().map(|data| (done.start, data));
             // All cells of a command change or none, so the first that tells is enough.
             match (stamp == done.expect, same) {

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
 use ctfs_meta::{CellWrite, Change, MetaError, Op, Reply};
-use ctfs_types::{Attr, CellIndex, ExtentData, Ino, LogIndex, Timestamp, limits::INLINE_BYTES_MAX};
+use ctfs_types::{Attr, CellIndex, ExtentData, Ino, Stamp, Timestamp, limits::INLINE_BYTES_MAX};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
 
@@ -57,7 +57,7 @@ pub(super) struct Pending {
 pub(super) struct Built {
     pub cell: CellIndex,
     /// The stamp of the extent merged over.
-    pub expect: LogIndex,
+    pub expect: Stamp,
     pub start: u32,
     pub data: Option<ExtentData>,
     /// The bytes of `data`, for the cache and for putting them again.
@@ -91,7 +91,7 @@ impl PutAt {
 
 /// A cell's new content before it is put.
 enum Composed {
-    Ready { expect: LogIndex, base: Option<Tag>, copies: u8, size: u64, bytes: Vec<u8> },
+    Ready { expect: Stamp, base: Option<Tag>, copies: u8, size: u64, bytes: Vec<u8> },
     Missing(Tag),
 }
 
@@ -319,7 +319,7 @@ impl Shared {
                     let ns = self.meta.replica().read();
                     let mut kept = Vec::with_capacity(built.len());
                     for done in built {
-                        let stamp = extent_of(&ns, ino, done.cell)?.map_or(LogIndex(0), |extent| extent.stamp);
+                        let stamp = extent_of(&ns, ino, done.cell)?.map_or(Stamp(0), |extent| extent.stamp);
                         if stamp == done.expect {
                             kept.push(done);
                         }
@@ -420,7 +420,7 @@ impl Shared {
         match (view.read(cell, 0..end, base, &mut bytes).map_err(|error| cache_error(ino, error))?, tag) {
             (Found::Missing, Some(tag)) => Ok(Composed::Missing(tag)),
             _ => {
-                let expect = extent.map_or(LogIndex(0), |extent| extent.stamp);
+                let expect = extent.map_or(Stamp(0), |extent| extent.stamp);
                 Ok(Composed::Ready { expect, base: tag, copies, size, bytes })
             }
         }

@@ -48,7 +48,7 @@ use std::{
 
 use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, Entry, Residency, Tag, TierError, TierUsage};
-use ctfs_meta::{Change, MetaError, Namespace, SetAttr};
+use ctfs_meta::{Change, MetaError, Namespace, SetAttr, Subject};
 use ctfs_types::{Attr, CellIndex, Extent, ExtentData, FileKind, Holder, Ino, Timestamp};
 use parking_lot::Mutex;
 use tokio::{
@@ -594,6 +594,18 @@ impl Shared {
     /// Makes sure that the replica is current enough to answer from.
     async fn be_current(&self) -> Result<(), FsError> {
         if self.meta.leased() { Ok(()) } else { self.meta.barrier().await }
+    }
+
+    /// Returns when every server shows what the replica showed of the inode before the call.
+    async fn await_seen(&self, ino: Ino) -> Result<(), FsError> {
+        let unseen = {
+            let _lock = self.meta.replica().read();
+            self.meta.unseen_change(&Subject::Inode(ino))
+        };
+        match unseen {
+            Some(index) => self.meta.await_visible(index).await,
+            None => Ok(()),
+        }
     }
 
     async fn flush_all(&self) -> Result<(), FsError> {

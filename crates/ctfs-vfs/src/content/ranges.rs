@@ -21,16 +21,22 @@ impl Shared {
         self.settle(ino, Pages::Unlocked).await?;
         let inode = self.inode(ino)?;
         let _gate = inode.enter().await;
-        let size = self.size(&inode)?;
+        let found = self.seek_settled(&inode, offset, whence);
+        self.await_seen(ino).await?;
+        found
+    }
+
+    fn seek_settled(&self, inode: &Inode, offset: u64, whence: i32) -> Result<u64, FsError> {
+        let size = self.size(inode)?;
         if offset >= size {
             return Err(FsError::PastEnd);
         }
         match whence {
-            libc::SEEK_DATA => match self.next_data(&inode, offset, size)? {
+            libc::SEEK_DATA => match self.next_data(inode, offset, size)? {
                 Some(at) if at < size => Ok(at),
                 _ => Err(FsError::PastEnd),
             },
-            libc::SEEK_HOLE => Ok(self.next_hole(&inode, offset, size)?.min(size)),
+            libc::SEEK_HOLE => Ok(self.next_hole(inode, offset, size)?.min(size)),
             _ => Err(FsError::Invalid("whence")),
         }
     }

@@ -4,12 +4,12 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
-use ctfs_meta::MetaError;
-use ctfs_types::{CellIndex, ExtentData, Ino};
+use ctfs_meta::{MetaError, Subject};
+use ctfs_types::{CellIndex, ExtentData, FileUse, Ino, LogIndex};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::debug;
 
-use super::{Inode, Pages, Shared, attr_of, cache_error, extent_of, shown_size, tag_of};
+use super::{Inode, Pages, Shared, attr_of, cache_error, extent_of, sharing::held_elsewhere, shown_size, tag_of};
 use crate::FsError;
 
 /// How often a read starts over because the cells it fetched were changed meanwhile.
@@ -17,6 +17,9 @@ const READ_TRIES: usize = 64;
 /// Cells read ahead: at first, and at most. Eight of 1 MiB are 60 ms of a gigabit link.
 const AHEAD_MIN: u64 = 2;
 const AHEAD_MAX: u64 = 8;
+/// How often a read starts over because what it read was changed and not every server shows it yet.
+/// Then it answers what it had: the file is being written all the time.
+const UNSEEN_TRIES: u32 = 8;
 /// Reads of the kernel's own read-ahead come a little out of order.
 const STREAM_SLACK: u64 = 512 << 10;
 
@@ -24,7 +27,8 @@ const STREAM_SLACK: u64 = 512 << 10;
 pub(super) type Loans = HashMap<CellIndex, (Tag, Bytes)>;
 
 enum Attempt {
-    Done { bytes: Bytes, size: u64, cuts: u64 },
+    /// `unseen`: other servers may not show this before that entry is visible.
+    Done { bytes: Bytes, size: u64, cuts: u64, unseen: Option<LogIndex> },
     Missing(Vec<(CellIndex, Tag)>),
     /// Another server has newer bytes.
     Held,
@@ -76,6 +80,7 @@ impl Shared {
         }
         let inode = self.inode(ino)?;
         let mut loans = Loans::new();
+        let mut waited = 0;
         for _ in 0..READ_TRIES {
             match self.try_read(&inode, offset, len, &loans)? {
                 // A pause since the lease was looked at may have ended it: look again.
@@ -85,6 +90,19 @@ impl Shared {
                 }
                 // Began on one side of a truncate and ended on the other.
                 Attempt::Done { cuts, .. } if inode.local.lock().cuts != cuts => {}
+                Attempt::Done { unseen: Some(index), bytes, .. } => {
+                    {
+                        // Everybody may be waiting for these very pages until we have answered.
+                        let _waits = self.waits.enter(ino, pages);
+                        self.meta.await_visible(index).await?;
+                    }
+                    waited += 1;
+                    // What came meanwhile was acknowledged although the kernel has not dropped these
+                    // pages: they shall be filled with what is there by now.
+                    if waited == UNSEEN_TRIES {
+                        return Ok(bytes);
+                    }
+                }
                 Attempt::Done { bytes, size, .. } => {
                     self.read_ahead(&inode, offset..offset + bytes.len() as u64, size);
                     return Ok(bytes);
@@ -115,13 +133,20 @@ impl Shared {
         let view = inode.entry.view();
         let ns = self.meta.replica().read();
         let attr = attr_of(&ns, ino)?;
-        if attr.usage.held_from(self.meta.holder()).is_some() {
+        if held_elsewhere(&ns, &attr, self.meta.holder())?.is_some() {
             return Ok(Attempt::Held);
         }
+        // Bytes of a file that this server holds are asked of it by whoever reads them elsewhere.
+        let is_held = matches!(attr.usage, FileUse::Owned { holder, .. } if holder == self.meta.holder());
+        let unseen = match ns.cover(ino)? {
+            // So is all of it, if it holds the directory.
+            Some(_) => None,
+            None => self.meta.unseen_change(&if is_held { Subject::Holder(ino) } else { Subject::Inode(ino) }),
+        };
         let size = shown_size(&attr, local_size, cut);
         let end = offset.saturating_add(len.into()).min(size);
         if offset >= end {
-            return Ok(Attempt::Done { bytes: Bytes::new(), size, cuts });
+            return Ok(Attempt::Done { bytes: Bytes::new(), size, cuts, unseen });
         }
         let (first, last) = (grid.cell_of(offset), grid.cell_of(end - 1));
         let mut extents = ns.cells(ino, first, last - first + 1)?.into_iter().peekable();
@@ -153,7 +178,7 @@ impl Shared {
             }
         }
         Ok(if missing.is_empty() {
-            Attempt::Done { bytes: out.into(), size, cuts }
+            Attempt::Done { bytes: out.into(), size, cuts, unseen }
         } else {
             Attempt::Missing(missing)
         })

@@ -292,7 +292,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use ctfs_meta::{Quota, Totals};
-    use ctfs_types::{ChunkId, ExtentData, LogIndex};
+    use ctfs_types::{ChunkId, ExtentData, Stamp};
 
     use super::*;
 
@@ -310,7 +310,7 @@ mod tests {
 
     #[test]
     fn a_cell_grows_to_reach_over_all_of_its_data() {
-        let extent = Extent { start: 8192, data: ExtentData::Chunk { id: ChunkId([0; 32]), len: 4096 }, stamp: LogIndex(1) };
+        let extent = Extent { start: 8192, data: ExtentData::Chunk { id: ChunkId([0; 32]), len: 4096 }, stamp: Stamp(1) };
         assert_eq!(growth(&(0..1), None, true), 512);
         assert_eq!(growth(&(0..1), None, false), 4096);
         assert_eq!(growth(&(8192..9000), Some(&extent), false), 0);

@@ -25,7 +25,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use ctfs_meta::{MetaError, Op};
+use ctfs_meta::{MetaError, Namespace, Op};
 use ctfs_types::{Attr, FileUse, Holder, Ino, Timestamp};
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
@@ -113,6 +113,13 @@ impl Shared {
         Ok(attr_of(&self.meta.replica().read(), ino)?.usage)
     }
 
+    /// Who must be asked before anything is known of the file, and what that server shall give up: the
+    /// file, or the directory by which it holds it.
+    fn held_elsewhere(&self, ino: Ino) -> Result<Option<(Ino, Holder)>, FsError> {
+        let (me, ns) = (self.meta.holder(), self.meta.replica().read());
+        held_elsewhere(&ns, &attr_of(&ns, ino)?, me)
+    }
+
     /// Whether bytes may be buffered at this moment; `None` when the file must be taken first.
     pub(super) fn write_mode(&self, inode: &Inode) -> Result<Option<WriteMode>, FsError> {
         match self.usage(inode.ino)? {
@@ -129,9 +136,9 @@ impl Shared {
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
             self.be_current().await?;
-            match self.usage(ino)?.held_from(self.meta.holder()) {
+            match self.held_elsewhere(ino)? {
                 None => return Ok(()),
-                Some(holder) => self.recall(ino, holder, pages, deadline).await?,
+                Some((what, holder)) => self.recall(what, holder, pages, deadline).await?,
             }
         }
     }
@@ -173,7 +180,10 @@ impl Shared {
             self.be_current().await?;
             let attr = attr_of(&self.meta.replica().read(), ino)?;
             match attr.usage.held_from(self.meta.holder()) {
-                None => return Ok(attr),
+                None => {
+                    self.await_seen(ino).await?;
+                    return Ok(attr);
+                }
                 Some(now) => holder = now,
             }
             if Instant::now() >= deadline {
@@ -193,9 +203,8 @@ impl Shared {
             if let Some(mode) = self.write_mode(inode)? {
                 return Ok(mode);
             }
-            let usage = self.usage(ino)?;
-            if let Some(holder) = usage.held_from(me) {
-                self.recall(ino, holder, pages, deadline).await?;
+            if let Some((what, holder)) = self.held_elsewhere(ino)? {
+                self.recall(what, holder, pages, deadline).await?;
                 continue;
             }
             let _waits = self.waits.enter(ino, pages);
@@ -392,4 +401,12 @@ impl Shared {
 fn is_over(since: Timestamp, shared_for: Duration) -> bool {
     let now = super::now();
     now < since || now.since(since) >= shared_for
+}
+
+/// See [`Shared::held_elsewhere`].
+pub(super) fn held_elsewhere(ns: &Namespace, attr: &Attr, me: Holder) -> Result<Option<(Ino, Holder)>, FsError> {
+    Ok(match attr.usage.held_from(me) {
+        Some(holder) => Some((attr.ino, holder)),
+        None => ns.cover(attr.ino)?.filter(|(_, holder)| *holder != me),
+    })
 }

@@ -4,11 +4,16 @@
 //! `FUSE_HANDLE_KILLPRIV_V2`, is taking setuid, setgid and `security.capability` away when a file
 //! is changed by somebody who could not have set them.
 
+use std::time::Duration;
+
 use ctfs_meta::{MetaError, Op, SetAttr};
 use ctfs_types::{Attr, FileKind, Ino};
 
 use super::{SetTime, Vfs, entry};
 use crate::{FsError, caller::Caller};
+
+/// How long `stat` of the mountpoint waits until every server shows what it answers.
+const MOUNTPOINT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What `setattr` shall change; `None` leaves a field alone.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -26,10 +31,14 @@ impl Vfs {
     pub async fn getattr(&self, ino: Ino) -> Result<Attr, FsError> {
         if ino == Ino::ROOT {
             // `stat` of the mountpoint must answer whatever the cluster does.
-            let attr = Self::attr_of(&self.meta.replica().read(), ino)?;
+            let known = tokio::time::timeout(MOUNTPOINT_PATIENCE, self.read(|view| view.attr_of(ino))).await;
+            if let Ok(Ok(attr)) = known {
+                return Ok(self.shown(attr));
+            }
+            let attr = self.meta.replica().read().attr(ino)?.ok_or(FsError::Stale(ino))?;
             return Ok(self.shown(attr));
         }
-        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let attr = self.read(|view| view.attr_of(ino)).await?;
         match attr.usage.held_from(self.meta.holder()) {
             None => Ok(self.shown(attr)),
             Some(holder) => self.content.peek(ino, holder).await,
@@ -50,7 +59,7 @@ impl Vfs {
     /// # Errors
     /// EFBIG over the largest size; EINVAL or EISDIR for truncating what is no file.
     pub async fn setattr(&self, caller: Caller, ino: Ino, request: SetAttrRequest) -> Result<Attr, FsError> {
-        let before = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let before = self.read(|view| view.attr_of(ino)).await?;
         let now = Self::now();
         let time = |time: Option<SetTime>| {
             time.map(|time| match time {

@@ -28,7 +28,7 @@ impl Vfs {
     /// - [`FsError::Stale`]: gone, or without a name and not open here; the kernel walks the path again.
     /// - EISDIR, or EINVAL for what is neither file nor directory.
     pub async fn open(&self, caller: Caller, ino: Ino, flags: i32) -> Result<Opened, FsError> {
-        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let attr = self.read(|view| view.attr_of(ino)).await?;
         match attr.kind {
             FileKind::File => {}
             FileKind::Directory => return Err(MetaError::IsDirectory(ino).into()),
@@ -41,7 +41,7 @@ impl Vfs {
         } else {
             self.content.settle(ino).await?;
         }
-        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let attr = self.read(|view| view.attr_of(ino)).await?;
         mode.direct |= wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
         let handle = self.open_handle(ino, mode)?;
         if flags & libc::O_TRUNC != 0 {
@@ -180,7 +180,8 @@ impl Vfs {
     /// As [`Self::flush`].
     pub async fn fsync(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, ino)?;
-        self.write_back(ino, handle).await
+        self.write_back(ino, handle).await?;
+        self.meta.settled().await
     }
 
     async fn write_back(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_meta::{Lock, LockKind, LockOwner, MetaError, Namespace, Op, Reply};
+use ctfs_meta::{Lock, LockKind, LockOwner, MetaError, Op, Reply};
 use ctfs_types::Ino;
 use tokio::{sync::watch, time::timeout};
 
@@ -27,6 +27,7 @@ use super::{
 use crate::{
     FsError,
     handles::HandleId,
+    view::View,
     waiters::{Fate, Place},
 };
 
@@ -73,7 +74,7 @@ impl Vfs {
     /// where its number would mean somebody else.
     pub async fn getlk(&self, ino: Ino, request: LockRequest) -> Result<Option<Lock>, FsError> {
         let lock = self.lock(request)?;
-        let look = |ns: &Namespace| Ok(ns.conflicting_lock(ino, &lock)?);
+        let look = |view: &View<'_>| Ok(view.conflicting_lock(ino, &lock)?);
         let mut holder = self.read(look).await?;
         if self.may_be_leaving(ino, holder.as_ref()).await {
             holder = self.read(look).await?;
@@ -129,7 +130,9 @@ impl Vfs {
         connection: watch::Receiver<u64>,
     ) -> Result<(), FsError> {
         let turn = self.turns.take(ino, lock.owner.owner, self.settings.lock_patience).await?;
-        let look = |ns: &Namespace| Ok((ns.conflicting_lock(ino, &lock)?, held_before(ns, ino, &lock)?));
+        let look = |view: &View<'_>| {
+            Ok((view.conflicting_lock(ino, &lock)?, held_before(view.locks(ino, lock.kind)?, &lock)))
+        };
         let (mut holder, mut had) = self.read(look).await?;
         if place.is_none() && self.may_be_leaving(ino, holder.as_ref()).await {
             (holder, had) = self.read(look).await?;
@@ -185,7 +188,7 @@ impl Vfs {
                 Fate::Granted => return self.see_grant(ino, lock, had).await,
                 Fate::Ended => return Err(MetaError::StaleIncarnation.into()),
                 Fate::Waiting => {}
-                Fate::Unknown => match self.read(|ns| Ok(ns.waits_for_lock(ino, lock.owner, place.ticket)?)).await {
+                Fate::Unknown => match self.read(|view| Ok(view.waits_for_lock(ino, lock.owner, place.ticket)?)).await {
                     Ok(true) => place.still_waits(),
                     // Leaving the queue tells what became of it.
                     Ok(false) => break FsError::Interrupted,
@@ -256,7 +259,7 @@ impl Vfs {
         {
             let ns = self.meta.replica().read();
             if ns.waits_for_lock(ino, lock.owner, place.ticket)? {
-                had = held_before(&ns, ino, &lock)?;
+                had = held_before(ns.locks(ino, lock.kind)?, &lock);
             }
         }
         match request.propose(lock_doubts::withdraw(ino, &lock, &place)).await {
@@ -325,8 +328,7 @@ impl Vfs {
 }
 
 /// What the owner of `lock` holds in its range.
-fn held_before(ns: &Namespace, ino: Ino, lock: &Lock) -> Result<Vec<Lock>, FsError> {
-    let mut held = ns.locks(ino, lock.kind)?;
+fn held_before(mut held: Vec<Lock>, lock: &Lock) -> Vec<Lock> {
     held.retain(|held| held.owner == lock.owner && held.start <= lock.end && lock.start <= held.end);
-    Ok(held)
+    held
 }

@@ -41,16 +41,16 @@ impl Vfs {
     pub async fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr, FsError> {
         let name = FileName::new(name)?;
         let attr = self
-            .read(|ns| {
-                let Some(ino) = ns.lookup(parent, &name)? else {
+            .read(|view| {
+                let Some(ino) = view.lookup(parent, &name)? else {
                     // Only now is it worth asking why.
-                    return match ns.attr(parent)? {
+                    return match view.kind(parent)? {
                         None => Err(FsError::Stale(parent)),
-                        Some(dir) if dir.kind != FileKind::Directory => Err(MetaError::NotDirectory(parent).into()),
+                        Some(kind) if kind != FileKind::Directory => Err(MetaError::NotDirectory(parent).into()),
                         Some(_) => Err(MetaError::NoSuchEntry { parent, name: name.clone() }.into()),
                     };
                 };
-                Self::attr_of(ns, ino)
+                view.attr_of(ino)
             })
             .await?;
         Ok(self.shown(attr))
@@ -59,9 +59,9 @@ impl Vfs {
     /// # Errors
     /// EINVAL when `ino` is no symlink.
     pub async fn readlink(&self, ino: Ino) -> Result<Vec<u8>, FsError> {
-        self.read(|ns| match ns.readlink(ino)? {
+        self.read(|view| match view.readlink(ino)? {
             Some(target) => Ok(target),
-            None => Err(Self::attr_of(ns, ino).map_or_else(|gone| gone, |_| MetaError::WrongKind(ino).into())),
+            None => Err(view.attr_of(ino).map_or_else(|gone| gone, |_| MetaError::WrongKind(ino).into())),
         })
         .await
     }
@@ -165,7 +165,7 @@ impl Vfs {
         let kind = match here {
             Some(kind) => kind,
             // Made elsewhere a moment ago, or gone: worth asking.
-            None => self.read(|ns| Self::attr_of(ns, ino).map(|attr| attr.kind)).await?,
+            None => self.read(|view| view.kind(ino)?.ok_or(FsError::Stale(ino))).await?,
         };
         if kind != FileKind::Directory {
             return Err(MetaError::NotDirectory(ino).into());
@@ -179,29 +179,29 @@ impl Vfs {
     /// while it lists sees every other entry exactly once.
     pub async fn readdir(&self, dir: Ino, offset: u64, limit: usize, with_attrs: bool) -> Result<Vec<DirItem>, FsError> {
         let mut items = self
-            .read(|ns| {
-                let own = Self::attr_of(ns, dir)?;
-                if own.kind != FileKind::Directory {
+            .read(|view| {
+                let kind = view.kind(dir)?.ok_or(FsError::Stale(dir))?;
+                if kind != FileKind::Directory {
                     return Err(MetaError::NotDirectory(dir).into());
                 }
                 let mut items = Vec::with_capacity(limit.min(1024));
                 if offset == 0 {
-                    items.push(DirItem { name: b".".into(), ino: dir, kind: own.kind, next: 1, attr: None });
+                    items.push(DirItem { name: b".".into(), ino: dir, kind, next: 1, attr: None });
                 }
                 if offset <= 1 {
-                    let parent = ns.parent(dir)?.unwrap_or(dir);
+                    let parent = view.parent(dir)?.unwrap_or(dir);
                     let kind = FileKind::Directory;
                     items.push(DirItem { name: b"..".into(), ino: parent, kind, next: COOKIE_BASE, attr: None });
                 }
                 let room = limit.saturating_sub(items.len());
-                for found in ns.list(dir, offset.saturating_sub(COOKIE_BASE), room)? {
-                    let attr = if with_attrs { ns.attr(found.ino)? } else { None };
+                for found in view.list(dir, offset.saturating_sub(COOKIE_BASE), room)? {
+                    let attr = if with_attrs { view.attr(found.ino)? } else { None };
                     let next = found.cookie.saturating_add(COOKIE_BASE);
                     items.push(DirItem { name: found.name.into(), ino: found.ino, kind: found.kind, next, attr });
                 }
                 if with_attrs {
                     for item in items.iter_mut().filter(|item| item.attr.is_none()) {
-                        item.attr = ns.attr(item.ino)?;
+                        item.attr = view.attr(item.ino)?;
                     }
                 }
                 Ok(items)
@@ -217,9 +217,10 @@ impl Vfs {
         self.handles.close(handle);
     }
 
-    /// Names are durable on a majority when their command is answered; nothing is left to do.
+    /// Names are durable on a majority when their commands are in the log.
     pub async fn fsyncdir(&self, dir: Ino, handle: HandleId) -> Result<(), FsError> {
-        self.handles.mode(handle, dir).map(drop)
+        self.handles.mode(handle, dir)?;
+        self.meta.settled().await
     }
 }
 
@@ -234,5 +235,7 @@ pub(super) fn new_node(caller: Caller, content: NewContent, mode: u32, umask: u3
         // that somebody else made a moment ago.
         exclusive: true,
         holder: None,
+        ino: None,
+        cell: None,
     }
 }

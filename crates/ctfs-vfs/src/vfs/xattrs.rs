@@ -44,9 +44,9 @@ impl Vfs {
         if name.starts_with(TRUSTED) && caller.uid != 0 {
             return Err(MetaError::NoSuchXattr.into());
         }
-        self.read(|ns| {
+        self.read(|view| {
             if let Some(limit) = name.strip_prefix(b"ctfs.quota.") {
-                let quota = ns.quota(ino)?;
+                let quota = view.quota(ino)?;
                 let limit = match limit {
                     b"bytes" => quota.bytes,
                     b"files" => quota.files,
@@ -55,7 +55,7 @@ impl Vfs {
                 return Ok(limit.ok_or(MetaError::NoSuchXattr)?.to_string().into_bytes());
             }
             if let Some(counter) = name.strip_prefix(b"ctfs.") {
-                let totals = ns.totals(ino)?.ok_or(MetaError::NoSuchXattr)?;
+                let totals = view.totals(ino)?.ok_or(MetaError::NoSuchXattr)?;
                 let count = match counter {
                     b"files" => totals.files,
                     b"directories" => totals.directories,
@@ -65,9 +65,9 @@ impl Vfs {
                 return Ok(count.to_string().into_bytes());
             }
             check_name(name)?;
-            match ns.xattr(ino, name)? {
+            match view.xattr(ino, name)? {
                 Some(value) => Ok(value),
-                None => Err(Self::attr_of(ns, ino).map_or_else(|gone| gone, |_| MetaError::NoSuchXattr.into())),
+                None => Err(view.attr_of(ino).map_or_else(|gone| gone, |_| MetaError::NoSuchXattr.into())),
             }
         })
         .await
@@ -75,10 +75,10 @@ impl Vfs {
 
     /// Names, each ended by NUL, as listxattr(2) wants them.
     pub async fn listxattr(&self, caller: Caller, ino: Ino) -> Result<Vec<u8>, FsError> {
-        self.read(|ns| {
-            let names = ns.xattr_names(ino)?;
+        self.read(|view| {
+            let names = view.xattr_names(ino)?;
             if names.is_empty() {
-                Self::attr_of(ns, ino)?;
+                view.attr_of(ino)?;
             }
             let shown = names.iter().filter(|name| caller.uid == 0 || !name.starts_with(TRUSTED));
             Ok(shown.flat_map(|name| name.iter().copied().chain([0])).collect())
@@ -108,7 +108,7 @@ impl Vfs {
         if name == ACL_ACCESS {
             self.keep_setgid_honest(caller, ino).await?;
         }
-        if name == b"security.capability" && self.read(|ns| Self::attr_of(ns, ino)).await?.kind == FileKind::File {
+        if name == b"security.capability" && self.read(|view| view.attr_of(ino)).await?.kind == FileKind::File {
             // What earlier writes drop when they are flushed is not what is set now.
             self.content.commit_drops(ino).await?;
         }
@@ -148,7 +148,7 @@ impl Vfs {
 
     /// Setting an access ACL is a chmod: it clears setgid for whoever chmod(2) would clear it.
     async fn keep_setgid_honest(&self, caller: Caller, ino: Ino) -> Result<(), FsError> {
-        let attr = self.read(|ns| Self::attr_of(ns, ino)).await?;
+        let attr = self.read(|view| view.attr_of(ino)).await?;
         let setgid = libc::S_ISGID as u16;
         if attr.mode & setgid == 0 || attr.kind == FileKind::Symlink || caller.keeps_setgid(attr.gid) {
             return Ok(());

@@ -1,28 +1,28 @@
-use ctfs_types::{Extent, Ino, LogIndex, Timestamp, limits::FILE_BYTES_MAX};
+use ctfs_types::{Extent, Ino, Stamp, Timestamp, limits::FILE_BYTES_MAX};
 
 use super::super::harness::{Volume, chunk, chunk_id, inline, node, time, write_op};
-use crate::{CellWrite, Change, MetaError, NewContent, Op, Reply};
+use crate::{CellWrite, Change, MetaError, NewContent, Op, Reply, SetAttr};
 
 const ROOT: Ino = Ino::ROOT;
 const CELL: u64 = 1 << 20;
 
-fn cell(cell: u64, expect: LogIndex, data: Option<ctfs_types::ExtentData>) -> CellWrite {
+fn cell(cell: u64, expect: Stamp, data: Option<ctfs_types::ExtentData>) -> CellWrite {
     CellWrite { cell, expect, start: 0, data, copies: 0 }
 }
 
-const HOLE: LogIndex = LogIndex(0);
+const HOLE: Stamp = Stamp(0);
 
 fn extents(volume: &Volume, ino: Ino) -> Vec<(u64, Extent)> {
     volume.ns.cells(ino, 0, u64::MAX).unwrap().into_iter().map(|cell| (cell.index, cell.extent)).collect()
 }
 
 #[test]
-fn a_write_stamps_its_cells_with_its_log_index() {
+fn a_write_stamps_its_cells_with_the_new_data_version() {
     let mut volume = Volume::new();
     let ino = volume.file(ROOT, "a");
     let cells = vec![cell(0, HOLE, Some(chunk(1, 4096))), cell(2, HOLE, Some(inline(b"abc")))];
     let reply = volume.ok(write_op(ino, cells, 2 * CELL + 3));
-    let stamp = volume.ns.applied();
+    let stamp = Stamp(2);
     assert_eq!(reply, Reply::Written { attr: volume.attr(ino), stamp });
     let expected = [
         (0, Extent { start: 0, data: chunk(1, 4096), stamp }),
@@ -45,7 +45,7 @@ fn a_writer_that_merged_over_old_bytes_is_told() {
     volume.write(ino, 0, inline(b"one")).unwrap();
     let seen = volume.stamp(ino, 0);
     volume.write(ino, 0, inline(b"two")).unwrap();
-    for expect in [HOLE, seen, LogIndex(u64::MAX)] {
+    for expect in [HOLE, seen, Stamp(u64::MAX)] {
         let late = vec![cell(0, expect, Some(inline(b"late")))];
         assert_eq!(volume.run(write_op(ino, late, 4)), Err(MetaError::CellChanged { ino, cell: 0 }));
     }
@@ -266,7 +266,7 @@ fn a_clone_shares_cells_and_holes() {
     volume.write(b, 2, chunk(9, 10)).unwrap();
     let op = Op::CloneCells { source: a, first: 0, ino: b, to: 1, cells: 3, size_at_least: 3 * CELL + 3 };
     let reply = volume.ok(op);
-    let stamp = volume.ns.applied();
+    let stamp = Stamp(3);
     assert_eq!(reply, Reply::Written { attr: volume.attr(b), stamp });
     let expected = [
         (1, Extent { start: 0, data: chunk(1, 5000), stamp }),
@@ -324,4 +324,51 @@ fn reap_leaves_alone_what_has_a_name() {
     volume.ok(Op::Reap { inos: vec![ROOT, dir, file, Ino(99), Ino(0)] });
     assert!(volume.exists(ROOT) && volume.exists(dir) && volume.exists(file));
     assert_eq!(volume.changes, []);
+}
+
+#[test]
+fn each_change_of_the_bytes_moves_the_data_version_by_one() {
+    let mut volume = Volume::new();
+    let ino = volume.file(ROOT, "a");
+    assert_eq!((volume.attr(ino).data_version, volume.attr(ROOT).data_version), (1, 1));
+    let cells = vec![cell(0, HOLE, Some(chunk(1, 4096))), cell(1, HOLE, Some(chunk(2, 4096)))];
+    let ops = [
+        write_op(ino, cells, CELL + 4096),
+        Op::CloneCells { source: ino, first: 0, ino, to: 2, cells: 2, size_at_least: 4 * CELL },
+        Op::Punch { ino, first: 3, cells: 1 },
+        Op::SetAttr { ino, set: SetAttr { size: Some(CELL + 5), ..SetAttr::default() } },
+        Op::SetAttr { ino, set: SetAttr { size: Some(CELL + 5), ..SetAttr::default() } },
+    ];
+    let mut stamps = Vec::new();
+    for (number, op) in ops.into_iter().enumerate() {
+        // What is about other inodes, and what is refused, leaves it alone.
+        volume.file(ROOT, &format!("other-{number}"));
+        volume.write(ino, 9, chunk(1, 1 << 21)).unwrap_err();
+        volume.ok(op);
+        assert_eq!(volume.attr(ino).data_version, number as u64 + 2);
+        stamps.push((0..4).map(|cell| volume.stamp(ino, cell).0).collect::<Vec<_>>());
+    }
+    // The clone leaves its source alone, the truncate what lies before its end.
+    let expected = [[2, 2, 0, 0], [2, 2, 3, 3], [2, 2, 3, 0], [2, 5, 0, 0], [2, 5, 0, 0]];
+    assert_eq!(stamps, expected);
+    volume.chmod(ino, 0o600).unwrap();
+    assert_eq!(volume.attr(ino).data_version, 6);
+}
+
+#[test]
+fn cells_cloned_onto_themselves_stay_with_a_new_stamp() {
+    let mut volume = Volume::freeing_at_most(1);
+    let ino = volume.file(ROOT, "a");
+    for n in 0..4 {
+        volume.write(ino, n, chunk(n as u8, 4096)).unwrap();
+    }
+    // Cells 2 and 3 are dead but for one that is freed at once.
+    volume.ok(Op::Punch { ino, first: 1, cells: 3 });
+    volume.ok(Op::CloneCells { source: ino, first: 0, ino, to: 0, cells: 4, size_at_least: 4 * CELL });
+    let stamp = Stamp(volume.attr(ino).data_version);
+    assert_eq!(extents(&volume, ino), [(0, Extent { start: 0, data: chunk(0, 4096), stamp })]);
+    volume.free_all();
+    assert_eq!(extents(&volume, ino).len(), 1);
+    assert_eq!((volume.references(chunk_id(0)), volume.references(chunk_id(3))), (Some(1), Some(0)));
+    super::super::observe::observe(&volume.ns);
 }

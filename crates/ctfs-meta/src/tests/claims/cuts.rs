@@ -1,4 +1,4 @@
-use ctfs_types::{Ino, LogIndex};
+use ctfs_types::{Ino, Stamp};
 
 use super::super::{
     harness::{Volume, chunk, chunk_id, inline},
@@ -57,7 +57,7 @@ fn a_file_grown_again_before_all_is_freed_shows_zeros() {
     volume.truncate(ino, CELL + 100).unwrap();
     volume.truncate(ino, 10 * CELL).unwrap();
     assert_eq!(cells(&volume, ino), [0, 1]);
-    assert_eq!(volume.stamp(ino, 8), LogIndex(0), "a hole, also to a writer");
+    assert_eq!(volume.stamp(ino, 8), Stamp(0), "a hole, also to a writer");
     // Cell 8 was never freed; writing it gives its old chunk back.
     assert_eq!(volume.references(chunk_id(8)), Some(1));
     volume.write(ino, 8, inline(b"new")).unwrap();
@@ -135,7 +135,6 @@ fn a_reaped_inode_is_gone_at_once_and_its_cells_are_freed_in_steps() {
     observe(&volume.ns);
 }
 
-/// All commands of an entry stamp alike, so the stamp alone would not tell them apart.
 #[test]
 fn in_one_entry_what_is_written_before_a_cut_goes_and_what_is_written_after_it_stays() {
     let (mut volume, ino) = long_file();
@@ -146,15 +145,16 @@ fn in_one_entry_what_is_written_before_a_cut_goes_and_what_is_written_after_it_s
     };
     let truncate = Op::SetAttr { ino, set: crate::SetAttr { size: Some(0), ..Default::default() } };
     let old = volume.stamp(ino, 8);
-    let ops = [write(8, old, 50), truncate, write(9, LogIndex(0), 60)];
+    let ops = [write(8, old, 50), truncate, write(9, Stamp(0), 60)];
     let commands: Vec<_> = ops.into_iter().map(|op| volume.command(op)).collect();
     for verdict in volume.apply(&commands) {
         verdict.unwrap();
     }
     assert_eq!(cells(&volume, ino), [9]);
-    assert_eq!((volume.references(chunk_id(50)), volume.references(chunk_id(60))), (Some(0), Some(1)));
+    assert_eq!((volume.references(chunk_id(50)), volume.references(chunk_id(60))), (Some(1), Some(1)), "dead, not freed");
     observe(&volume.ns);
     volume.free_all();
     assert_eq!(cells(&volume, ino), [9]);
+    assert_eq!((volume.references(chunk_id(50)), volume.references(chunk_id(60))), (Some(0), Some(1)));
     observe(&volume.ns);
 }

@@ -3,10 +3,10 @@ use std::sync::atomic::Ordering;
 use ctfs_types::{Incarnation, Ino, LogIndex, NodeId, RequestId};
 
 use super::super::{
-    harness::{CLIENT, Volume, chunk, cluster, name, node, owner, record_lock, time},
+    harness::{CLIENT, Volume, chunk, cluster, copy, name, node, owner, record_lock, time},
     observe::observe,
 };
-use crate::{Batch, Change, Command, MetaError, NewContent, Op, RenameMode, Reply, SetAttr};
+use crate::{Batch, Change, Command, MetaError, Namespace, NewContent, Op, RenameMode, Reply, SetAttr, Store};
 
 const ROOT: Ino = Ino::ROOT;
 
@@ -190,7 +190,7 @@ fn entries_of_the_consensus_layer_use_up_indexes() {
     let commands = [command(1, 1, 0, make("a"))];
     volume.ns.apply(LogIndex(7), &commands, Batch::new()).unwrap();
     assert_eq!(volume.ns.applied(), LogIndex(7));
-    assert_eq!(volume.attr(Ino(2)).data_version, 7);
+    assert_eq!(volume.attr(Ino(2)).data_version, 1);
 }
 
 #[test]
@@ -212,4 +212,13 @@ fn a_change_names_the_client_whose_command_did_it() {
         assert_eq!(by, [client]);
     }
     assert!(applied.changes.iter().all(|(by, _)| *by != CLIENT));
+}
+
+#[test]
+fn a_state_of_an_older_version_is_refused_by_name() {
+    let mut store = copy(&Volume::new().ns);
+    let old = ctfs_types::codec::encode(1, &(5u64, 2u64, 0u64, 0u64));
+    store.write(Batch::from([(vec![17], Some(old))])).unwrap();
+    let refused = Namespace::open(Box::new(store)).err().expect("refused").to_string();
+    assert!(refused.contains("version 1") && refused.contains("reads version 2"), "{refused}");
 }

@@ -1,7 +1,11 @@
+use std::collections::{BTreeMap, BTreeSet};
+
 use ctfs_types::Ino;
 
 use super::super::harness::{Volume, chunk, inline};
-use crate::{RenameMode, Totals};
+use crate::{Op, RenameMode, Totals};
+
+type Records = BTreeMap<Vec<u8>, Vec<u8>>;
 
 const ROOT: Ino = Ino::ROOT;
 
@@ -75,4 +79,69 @@ fn exchange_with_the_directory_of_a_further_name_keeps_counts_right() {
         assert_eq!(totals(&volume, dir), (0, 0, 0, 0));
         assert_eq!(totals(&volume, ROOT), (1, 2, 0, 0));
     }
+}
+
+fn differing(before: &Records, after: &Records) -> BTreeSet<Vec<u8>> {
+    before.keys().chain(after.keys()).filter(|key| before.get(*key) != after.get(*key)).cloned().collect()
+}
+
+fn key(kind: u8, ino: Ino) -> Vec<u8> {
+    [&[kind][..], &ino.0.to_be_bytes()].concat()
+}
+
+#[test]
+fn of_the_directories_above_only_their_counts_change() {
+    let mut volume = Volume::new();
+    let a = volume.dir(ROOT, "a");
+    let b = volume.dir(a, "b");
+    let before = volume.records();
+    let file = volume.file(b, "f");
+    let made = volume.records();
+    volume.write(file, 0, inline(b"123")).unwrap();
+    let written = volume.records();
+    volume.rename(b, "f", b, "g", RenameMode::Replace).unwrap();
+    let changes = [differing(&before, &made), differing(&made, &written), differing(&written, &volume.records())];
+    for (changed, counts) in changes.iter().zip([true, true, false]) {
+        for dir in [ROOT, a, b] {
+            assert_eq!(changed.contains(&key(24, dir)), counts, "counts of {dir}");
+        }
+        for dir in [ROOT, a] {
+            assert!(!changed.contains(&key(1, dir)), "inode {dir}");
+        }
+    }
+}
+
+#[test]
+fn a_directory_renamed_in_its_parent_touches_no_counts() {
+    let mut volume = Volume::new();
+    let above = volume.dir(ROOT, "above");
+    let top = volume.dir(above, "top");
+    for text in ["a", "b"] {
+        let dir = volume.dir(top, text);
+        let file = volume.file(dir, "f");
+        volume.write(file, 0, inline(text.as_bytes())).unwrap();
+    }
+    let counts = |volume: &Volume| volume.records().into_iter().filter(|(key, _)| key[0] == 24).collect::<Records>();
+    let before = counts(&volume);
+    volume.asked.lock().clear();
+    volume.rename(top, "a", top, "c", RenameMode::Replace).unwrap();
+    volume.rename(top, "c", top, "b", RenameMode::Exchange).unwrap();
+    assert_eq!(counts(&volume), before);
+    let asked = std::mem::take(&mut *volume.asked.lock());
+    assert!(asked.contains(&key(1, top)) && !asked.contains(&key(1, above)), "nothing above is looked at");
+    assert!(asked.iter().all(|key| key[0] != 24), "nor counts");
+    assert_eq!(totals(&volume, top), (2, 2, 2, 1024));
+}
+
+#[test]
+fn a_directory_that_is_gone_leaves_no_counts_behind() {
+    let mut volume = Volume::new();
+    let dir = volume.dir(ROOT, "dir");
+    volume.file(dir, "f");
+    assert!(volume.records().contains_key(&key(24, dir)));
+    volume.unlink(dir, "f").unwrap();
+    assert!(!volume.records().contains_key(&key(24, dir)), "nothing is counted");
+    volume.rmdir(ROOT, "dir").unwrap();
+    volume.ok(Op::Reap { inos: vec![dir] });
+    assert!(volume.records().keys().all(|key| key[0] != 24));
 }

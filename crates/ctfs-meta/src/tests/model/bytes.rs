@@ -1,5 +1,7 @@
 //! The reference model, continued: attributes, bytes, and what is seen from outside.
 
+use ctfs_types::Stamp;
+
 use super::*;
 
 /// Drops setuid, setgid of a group-executable file, and `security.capability`.
@@ -22,7 +24,6 @@ impl Model {
         ino: Ino,
         set: &SetAttr,
         at: Timestamp,
-        index: LogIndex,
     ) -> Result<(), Reasons> {
         let inode = self.inode(ino)?;
         if let Some(size) = set.size {
@@ -38,7 +39,8 @@ impl Model {
             if !reasons.is_empty() {
                 return Err(reasons);
             }
-            cut(inode, size, index);
+            inode.attr.data_version += 1;
+            cut(inode, size);
             inode.attr.size = size;
             inode.attr.mtime = at;
         }
@@ -88,12 +90,11 @@ impl Model {
         ino: Ino,
         cells: &[CellWrite],
         size_at_least: u64,
-        index: LogIndex,
     ) -> Result<(), Reasons> {
         let inode = self.file(ino)?;
         let mut reasons = Reasons::new();
         for write in cells {
-            let stamp = inode.cells.get(&write.cell).map_or(LogIndex(0), |extent| extent.stamp);
+            let stamp = inode.cells.get(&write.cell).map_or(Stamp(0), |extent| extent.stamp);
             if stamp != write.expect {
                 reasons.push(MetaError::CellChanged { ino, cell: write.cell });
             }
@@ -104,11 +105,13 @@ impl Model {
         if !reasons.is_empty() {
             return Err(reasons);
         }
+        inode.attr.data_version += 1;
+        let stamp = Stamp(inode.attr.data_version);
         for write in cells {
             match &write.data {
                 None => inode.cells.remove(&write.cell),
                 Some(data) => {
-                    let extent = Extent { start: write.start, data: data.clone(), stamp: index };
+                    let extent = Extent { start: write.start, data: data.clone(), stamp };
                     inode.cells.insert(write.cell, extent)
                 }
             };
@@ -116,7 +119,7 @@ impl Model {
         // Nothing may lie past the end, where growing the file later must show zeros.
         let size = inode.attr.size.max(size_at_least);
         inode.attr.size = size;
-        cut(inode, size, index);
+        cut(inode, size);
         for write in cells {
             let there = self.inodes[&ino].cells.get(&write.cell).and_then(Extent::chunk);
             if let (Some(data), Some(id)) = (&write.data, there) {
@@ -132,7 +135,6 @@ impl Model {
         (ino, to): (Ino, CellIndex),
         cells: u64,
         size_at_least: u64,
-        index: LogIndex,
     ) -> Result<(), Reasons> {
         let mut reasons = self.file(source).err().unwrap_or_default();
         reasons.extend(self.file(ino).err().unwrap_or_default());
@@ -144,8 +146,10 @@ impl Model {
         }
         let copied: Vec<_> = self.inodes[&source].cells.range(first..first + cells).map(|(k, v)| (*k, v.clone())).collect();
         let inode = self.file(ino)?;
+        inode.attr.data_version += 1;
+        let stamp = Stamp(inode.attr.data_version);
         inode.cells.retain(|cell, _| !(to..to + cells).contains(cell));
-        inode.cells.extend(copied.into_iter().map(|(k, extent)| (k - first + to, Extent { stamp: index, ..extent })));
+        inode.cells.extend(copied.into_iter().map(|(k, extent)| (k - first + to, Extent { stamp, ..extent })));
         inode.attr.size = inode.attr.size.max(size_at_least);
         Ok(())
     }
@@ -229,8 +233,8 @@ fn allocated(extent: &Extent) -> u64 {
     u64::from(extent.data.len()).next_multiple_of(unit)
 }
 
-/// Cuts what lies at or past `size`.
-fn cut(inode: &mut Inode, size: u64, index: LogIndex) {
+/// Cuts what lies at or past `size`; the data version is that of the command that cuts.
+fn cut(inode: &mut Inode, size: u64) {
     let grid = inode.attr.cell;
     let mut kept = BTreeMap::new();
     for (cell, mut extent) in std::mem::take(&mut inode.cells) {
@@ -244,7 +248,7 @@ fn cut(inode: &mut Inode, size: u64, index: LogIndex) {
                 ctfs_types::ExtentData::Inline(bytes) => bytes.truncate(left as usize),
                 ctfs_types::ExtentData::Chunk { len, .. } => *len = left,
             }
-            extent.stamp = index;
+            extent.stamp = Stamp(inode.attr.data_version);
         }
         kept.insert(cell, extent);
     }

@@ -14,10 +14,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, TierSettings};
 use ctfs_meta::{
-    Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace,
+    Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace, Subject,
 };
-use ctfs_types::{
-    Attr, CellSize, ChunkId, ExtentData, FileName, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId, Timestamp,
+use ctfs_types::{LogIndex, 
+    Attr, CellSize, ChunkId, ExtentData, FileName, Holder, Incarnation, Ino, NodeId, RequestId, Stamp, Timestamp,
 };
 use parking_lot::{Mutex, RwLock};
 
@@ -126,7 +126,7 @@ impl Cluster {
     }
 
     pub fn make(&self, name: &str) -> Ino {
-        let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None };
+        let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None, ino: None, cell: None };
         let op = Op::Make { parent: Ino::ROOT, name: FileName::new(name.as_bytes()).unwrap(), node };
         match self.apply(op).unwrap() {
             Reply::Entry { attr, .. } => attr.ino,
@@ -146,7 +146,7 @@ impl Cluster {
     pub fn write_cell(&self, ino: Ino, cell: u64, bytes: Bytes, size_at_least: u64) {
         let old = self.namespace.read().cells(ino, cell, 1).unwrap().pop();
         let data = ExtentData::Chunk { id: ChunkId(*blake3::hash(&bytes).as_bytes()), len: bytes.len() as u32 };
-        let expect = old.map_or(LogIndex(0), |old| old.extent.stamp);
+        let expect = old.map_or(Stamp(0), |old| old.extent.stamp);
         let write = CellWrite { cell, expect, start: 0, data: Some(data), copies: 0 };
         self.chunks.lock().insert(ChunkId(*blake3::hash(&bytes).as_bytes()), bytes);
         self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false, appends_at: None }).unwrap();
@@ -258,6 +258,14 @@ struct Access {
 
 #[async_trait]
 impl Metadata for Access {
+    fn happen(&self, _: &Op) -> Option<Result<Reply, FsError>> {
+        None
+    }
+
+    async fn settled(&self) -> Result<(), FsError> {
+        Ok(())
+    }
+
     fn replica(&self) -> &SharedNamespace {
         &self.cluster.namespace
     }
@@ -278,8 +286,20 @@ impl Metadata for Access {
         Incarnation(1)
     }
 
-    fn leased(&self) -> bool {
-        true
+    fn leased_for(&self) -> Duration {
+        crate::vfs::CACHE_TIMEOUT_MAX
+    }
+
+    fn ahead(&self) -> Option<LogIndex> {
+        None
+    }
+
+    fn unseen_change(&self, _subject: &Subject) -> Option<LogIndex> {
+        None
+    }
+
+    async fn await_visible(&self, _index: LogIndex) -> Result<(), FsError> {
+        Ok(())
     }
 }
 

@@ -166,6 +166,8 @@ async fn a_copy_is_cut_off_where_room_ends() {
         gid: 0,
         exclusive: true,
         holder: None,
+        ino: None,
+        cell: None,
     };
     let name = |text: &str| FileName::new(text.as_bytes()).unwrap();
     let Reply::Entry { attr: dir, .. } = cluster.apply(Op::Make { parent: Ino::ROOT, name: name("dir"), node }).unwrap() else {

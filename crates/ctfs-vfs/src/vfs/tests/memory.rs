@@ -5,7 +5,7 @@
 //! has said that its kernel was told.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     path::Path,
     sync::{
         Arc, Weak,
@@ -17,7 +17,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{CacheTier, TierSettings};
-use ctfs_meta::{Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace};
+use ctfs_meta::{Ahead, Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace, Subject};
 use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId};
 use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport, Vfs, VfsSettings};
 use parking_lot::{Mutex, RwLock};
@@ -25,6 +25,9 @@ use tokio::sync::watch;
 
 /// How long a proposer waits for the servers: the length of a lease.
 const LEASE: Duration = Duration::from_secs(3);
+
+/// How much of a lease a server uses.
+const USED: Duration = Duration::from_secs(2);
 
 /// How the cluster treats what its servers ask for. Still air unless a test says otherwise.
 #[derive(Debug, Clone, Copy, Default)]
@@ -47,6 +50,13 @@ pub struct Cluster {
     requests: AtomicU64,
     listeners: Mutex<Vec<Listener>>,
     told: Mutex<Vec<watch::Receiver<LogIndex>>>,
+    /// The last change of everything, and of anything.
+    changes: Mutex<HashMap<Subject, LogIndex>>,
+    shown: AtomicU64,
+    /// Everybody who is waited for was told up to here.
+    visible: watch::Sender<LogIndex>,
+    /// Questions that wait for something to become visible.
+    pub waiting: watch::Sender<usize>,
     chunks: Mutex<BTreeMap<ChunkId, Bytes>>,
     servers: Mutex<BTreeMap<NodeId, (Weak<Vfs>, Weak<MemoryMeta>)>>,
     weather: Mutex<Weather>,
@@ -62,6 +72,10 @@ impl Cluster {
             requests: AtomicU64::new(0),
             listeners: Mutex::default(),
             told: Mutex::default(),
+            changes: Mutex::default(),
+            shown: AtomicU64::new(0),
+            visible: watch::Sender::new(LogIndex(0)),
+            waiting: watch::Sender::new(0),
             chunks: Mutex::default(),
             servers: Mutex::default(),
             weather: Mutex::default(),
@@ -200,6 +214,39 @@ impl Metadata for MemoryMeta {
         Arc::new(Numbered { meta: self.itself.upgrade().expect("asked of a living server"), seq })
     }
 
+    /// All servers share one replica, so the log has the command in the same moment.
+    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>> {
+        if !self.leased() || self.cut_off.load(Ordering::SeqCst) {
+            return None;
+        }
+        let seq = self.cluster.requests.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut order = self.cluster.order.lock();
+        let mut replica = self.cluster.replica.write();
+        let request = RequestId { client: self.incarnation().0, seq };
+        let mut command = Command { request, answered: 0, at: std::time::SystemTime::now().into(), op: op.clone() };
+        match replica.apply_ahead(&mut command, self.holder()).unwrap() {
+            Ahead::NotAlone => None,
+            Ahead::Refused(why) => Some(Err(why.into())),
+            Ahead::Happened { reply, .. } => {
+                *order += 1;
+                let index = LogIndex(*order);
+                let applied = replica.apply(index, &[command], Batch::new()).unwrap();
+                assert_eq!((&applied.verdicts[..], &applied.diverged[..]), (&[Ok(reply.clone())][..], &[][..]));
+                let changes: Vec<Change> = applied.changes.into_iter().map(|(_, change)| change).collect();
+                self.cluster.shown.fetch_max(index.0, Ordering::SeqCst);
+                drop(replica);
+                for listener in self.cluster.listeners.lock().iter() {
+                    listener(self.node, index, &changes);
+                }
+                Some(Ok(reply))
+            }
+        }
+    }
+
+    async fn settled(&self) -> Result<(), FsError> {
+        Ok(())
+    }
+
     async fn barrier(&self) -> Result<(), FsError> {
         self.reach()
     }
@@ -212,8 +259,25 @@ impl Metadata for MemoryMeta {
         Incarnation(self.life.load(Ordering::SeqCst))
     }
 
-    fn leased(&self) -> bool {
-        self.leased.load(Ordering::SeqCst)
+    fn leased_for(&self) -> Duration {
+        if self.leased.load(Ordering::SeqCst) { USED } else { Duration::ZERO }
+    }
+
+    fn ahead(&self) -> Option<LogIndex> {
+        let shown = LogIndex(self.cluster.shown.load(Ordering::SeqCst));
+        (shown > *self.cluster.visible.borrow()).then_some(shown)
+    }
+
+    fn unseen_change(&self, subject: &Subject) -> Option<LogIndex> {
+        let change = self.cluster.changes.lock().get(subject).copied()?;
+        (change > *self.cluster.visible.borrow()).then_some(change)
+    }
+
+    async fn await_visible(&self, index: LogIndex) -> Result<(), FsError> {
+        self.cluster.waiting.send_modify(|waiting| *waiting += 1);
+        let seen = self.cluster.visible.subscribe().wait_for(|visible| *visible >= index).await.map(drop);
+        self.cluster.waiting.send_modify(|waiting| *waiting -= 1);
+        seen.map_err(|_| FsError::Shutdown)
     }
 }
 
@@ -247,8 +311,13 @@ impl MemoryMeta {
                 op,
             };
             let index = LogIndex(*order);
-            let applied = self.cluster.replica.write().apply(index, &[command], Batch::new()).unwrap();
+            let mut replica = self.cluster.replica.write();
+            let applied = replica.apply(index, &[command], Batch::new()).unwrap();
             let changes: Vec<Change> = applied.changes.into_iter().map(|(_, change)| change).collect();
+            let subjects = changes.iter().flat_map(Change::subjects).map(|subject| (subject, index));
+            self.cluster.changes.lock().extend(subjects);
+            self.cluster.shown.store(index.0, Ordering::SeqCst);
+            drop(replica);
             for listener in self.cluster.listeners.lock().iter() {
                 listener(self.node, index, &changes);
             }
@@ -259,6 +328,11 @@ impl MemoryMeta {
             // A server that is late is waited for once, for at most a lease.
             let _ = tokio::time::timeout(LEASE, told.wait_for(|told| *told >= index)).await;
         }
+        self.cluster.visible.send_if_modified(|visible| {
+            let news = index > *visible;
+            *visible = index.max(*visible);
+            news
+        });
         self.cluster.pause().await;
         if lost {
             return Err(FsError::NoQuorum { waited: LEASE });

@@ -3,11 +3,13 @@
 #[allow(dead_code)] // Some of it only `ctfs-fuse` uses.
 pub mod memory;
 mod claims;
+mod delegations;
 mod locks;
 mod model;
 mod quotas;
 mod rights;
 mod sharing;
+mod visible;
 
 use std::sync::Arc;
 
@@ -70,6 +72,11 @@ impl World {
         for number in 2..=self.servers.len() as u64 {
             founder.propose(Op::Join { token: [7; 32], member: member(number) }).await.unwrap();
         }
+    }
+
+    /// The version of a file's bytes that all servers have applied.
+    pub fn version(&self, ino: Ino) -> u64 {
+        self.servers[0].meta.replica().read().attr(ino).unwrap().unwrap().data_version
     }
 
     pub fn vfs(&self, server: usize) -> &Arc<Vfs> {

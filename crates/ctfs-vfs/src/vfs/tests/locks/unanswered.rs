@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use ctfs_chunk::{CacheTier, TierSettings};
-use ctfs_meta::{Reply, SharedNamespace};
-use ctfs_types::{ChunkId, Holder};
+use ctfs_meta::{Reply, SharedNamespace, Subject};
+use ctfs_types::{ChunkId, Holder, LogIndex};
 
 use super::{super::memory::MemoryMeta, *};
 use crate::{ChunkAccess, Holders, Request, SpaceReport};
@@ -50,6 +50,14 @@ impl Metadata for Line {
         Arc::new(OverLine(self.clone(), Metadata::request(&*self.meta)))
     }
 
+    fn happen(&self, _: &Op) -> Option<Result<Reply, FsError>> {
+        None
+    }
+
+    async fn settled(&self) -> Result<(), FsError> {
+        Ok(())
+    }
+
     async fn barrier(&self) -> Result<(), FsError> {
         Metadata::barrier(&*self.meta).await
     }
@@ -62,8 +70,20 @@ impl Metadata for Line {
         Metadata::incarnation(&*self.meta)
     }
 
-    fn leased(&self) -> bool {
-        Metadata::leased(&*self.meta)
+    fn leased_for(&self) -> Duration {
+        self.meta.leased_for()
+    }
+
+    fn ahead(&self) -> Option<LogIndex> {
+        self.meta.ahead()
+    }
+
+    fn unseen_change(&self, subject: &Subject) -> Option<LogIndex> {
+        self.meta.unseen_change(subject)
+    }
+
+    async fn await_visible(&self, index: LogIndex) -> Result<(), FsError> {
+        self.meta.await_visible(index).await
     }
 }
 

@@ -1,0 +1,304 @@
+//! Commands that happened here first, on their way into the log.
+//!
+//! What this server alone may change it changes at once ([`Core::happen`]), and the commands follow
+//! into the log in the order in which they happened: one batch at a time, each batch as a whole or not
+//! at all, under the same request ids until it is answered. So what a crash leaves of them is a
+//! prefix. Until they are there they stand in the journal of this life (`ctfs-journal`), from which the
+//! next one sends them. A command that must go through the log first waits until those before it are answered
+//! ([`Core::await_streamed`]).
+//!
+//! When the life of this server was ended, the rest does not happen any more, and [`Core::end_stream`]
+//! takes it back.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use ctfs_journal::{Journal, Position};
+use ctfs_meta::{Ahead, Command, MetaError, Namespace, Op, Reply};
+use ctfs_types::{Holder, RequestId, Timestamp};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep, timeout_at},
+};
+
+use crate::{
+    core::Core,
+    error::ProposeError,
+    proposer::{Outcome, encoded_bytes},
+    replay::encode_record,
+};
+
+/// Before a batch that found no room is tried again.
+const ROOM_PAUSE: Duration = Duration::from_millis(200);
+/// Before a batch is tried again that found no answer.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+
+/// With so much written down that is not in the log, more goes through the log, which is slower.
+const JOURNAL_BYTES_MAX: u64 = 64 << 20;
+/// With fewer numbers left for new inodes, more are reserved.
+const NUMBERS_LOW: u64 = 4096;
+const NUMBERS_AT_ONCE: u32 = 16384;
+
+/// What happened here and is not in the log yet.
+pub(crate) struct Stream {
+    queue: Mutex<VecDeque<Queued>>,
+    /// Something was queued.
+    ready: Notify,
+    /// How many commands have happened, counted from the start of the program.
+    happened: watch::Sender<u64>,
+    /// How many of them are done with: in the log and visible, or taken back.
+    done: watch::Sender<u64>,
+    /// There are few numbers left for what is made here.
+    numbers_low: Notify,
+    /// Where what happens is written down before it is answered. Without one nothing happens here.
+    journal: Mutex<Option<Arc<Journal>>>,
+}
+
+struct Queued {
+    command: Command,
+    bytes: usize,
+    position: Position,
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Self { queue: Mutex::default(), ready: Notify::new(), happened: watch::Sender::new(0), done: watch::Sender::new(0), numbers_low: Notify::new(), journal: Mutex::default() }
+    }
+}
+
+impl Stream {
+    fn push(&self, command: Command, position: Position) {
+        let bytes = encoded_bytes(&command);
+        self.queue.lock().push_back(Queued { command, bytes, position });
+        self.happened.send_modify(|count| *count += 1);
+        self.ready.notify_one();
+    }
+
+    /// The next commands that fit into one entry. They stay queued until they are done with.
+    fn batch(&self, bytes_max: usize, commands_max: usize) -> (Vec<Command>, usize) {
+        let queue = self.queue.lock();
+        let (mut commands, mut bytes) = (Vec::new(), 0);
+        for queued in queue.iter().take(commands_max) {
+            if !commands.is_empty() && bytes + queued.bytes > bytes_max {
+                break;
+            }
+            bytes += queued.bytes;
+            commands.push(queued.command.clone());
+        }
+        (commands, bytes)
+    }
+
+    /// Takes these off, unless they were taken back meanwhile.
+    fn finish(&self, commands: &[Command]) {
+        let mut queue = self.queue.lock();
+        let (mut finished, mut upto) = (0, Position::NONE);
+        for command in commands {
+            if let Some(queued) = queue.pop_front_if(|queued| queued.command.request == command.request) {
+                upto = queued.position;
+                finished += 1;
+            }
+        }
+        drop(queue);
+        if let Some(journal) = self.journal.lock().as_ref().filter(|_| finished > 0) {
+            journal.trim(upto);
+        }
+        self.done.send_modify(|count| *count += finished);
+    }
+
+    /// The journal, if it has room.
+    fn journal(&self) -> Option<Arc<Journal>> {
+        let journal = self.journal.lock().clone()?;
+        (journal.depth().bytes < JOURNAL_BYTES_MAX).then_some(journal)
+    }
+
+    /// From here on what happens is written down there.
+    pub fn set_journal(&self, journal: Arc<Journal>) {
+        *self.journal.lock() = Some(journal);
+    }
+
+    /// Commands not in the log yet.
+    pub fn depth(&self) -> u64 {
+        let done = *self.done.borrow();
+        self.happened.borrow().saturating_sub(done)
+    }
+
+    fn clear(&self) -> Vec<Command> {
+        let taken: Vec<Command> = self.queue.lock().drain(..).map(|queued| queued.command).collect();
+        self.done.send_modify(|count| *count += taken.len() as u64);
+        taken
+    }
+}
+
+impl Core {
+    /// Has `op` happen at once, if this server alone may do that. `None`: it must go through the log.
+    pub fn happen(&self, op: &Op) -> Option<Result<Reply, MetaError>> {
+        if self.replica.read().delegated() == 0 || !self.leased() || self.stopped().is_some() || self.health.waits() {
+            return None;
+        }
+        let journal = self.stream.journal()?;
+        let holder = Holder { node: self.me, incarnation: self.incarnation() };
+        let mut replica = self.replica.write();
+        let now = Instant::now();
+        let (seq, answered) = self.numbers.lock().take(now);
+        let request = RequestId { client: holder.incarnation.0, seq };
+        let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op: op.clone() };
+        let unused = || self.numbers.lock().done(seq, true, now);
+        let outcome = replica.apply_ahead(&mut command, holder);
+        if matches!(op, Op::Make { .. }) && numbers_left(&replica, request.client) < NUMBERS_LOW {
+            self.stream.numbers_low.notify_one();
+        }
+        match outcome {
+            Ok(Ahead::Happened { reply, changes }) => {
+                // Under the replica's lock: the order of the journal and of the log is that in which they
+                // happened.
+                let position = match journal.append(encode_record(&command).into()) {
+                    Ok(position) => position,
+                    Err(error) => {
+                        tracing::error!(%error, "what happens here is not written down; from here on nothing does");
+                        *self.stream.journal.lock() = None;
+                        Position::NONE
+                    }
+                };
+                self.stream.push(command, position);
+                drop(replica);
+                self.relay.happened(&changes);
+                Some(Ok(reply))
+            }
+            Ok(Ahead::Refused(why)) => {
+                unused();
+                Some(Err(why))
+            }
+            Ok(Ahead::NotAlone) => {
+                unused();
+                None
+            }
+            Err(error) => {
+                unused();
+                tracing::error!(%error, "the metadata store failed");
+                None
+            }
+        }
+    }
+
+    /// Returns when everything that has happened here before the call is in the log and visible.
+    ///
+    /// # Errors
+    /// [`ProposeError::NoQuorum`] at the deadline, [`ProposeError::Stopped`].
+    pub async fn await_streamed(&self, deadline: Instant) -> Result<(), ProposeError> {
+        let upto = *self.stream.happened.borrow();
+        let mut done = self.stream.done.subscribe();
+        if *done.borrow_and_update() >= upto {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let mut view = self.view.subscribe();
+        tokio::select! {
+            reached = timeout_at(deadline, done.wait_for(|done| *done >= upto)) => match reached {
+                Ok(_) => Ok(()),
+                Err(_) => Err(ProposeError::NoQuorum { waited: started.elapsed() }),
+            },
+            _ = view.wait_for(|view| view.stopped.is_some()) => Err(self.stopped().unwrap_or(ProposeError::Stopped(String::new()))),
+        }
+    }
+
+    /// The life in which these happened was ended: what the log does not have is taken back. Answers
+    /// the commands that are lost.
+    pub fn end_stream(&self) -> Vec<Command> {
+        let mut replica = self.replica.write();
+        replica.drop_ahead();
+        self.stream.clear()
+    }
+
+    async fn deliver(self: &Arc<Self>, commands: &[Command], bytes: usize) {
+        let mut tries = 0;
+        loop {
+            if self.stopped().is_some() || self.stream.depth() == 0 {
+                return;
+            }
+            let deadline = Instant::now() + self.settings.timings.propose_deadline;
+            let leader = self.leader();
+            let outcome = match leader {
+                Some(leader) => self.attempt(leader, commands.to_vec(), bytes, deadline).await,
+                None => Outcome::NotLeader,
+            };
+            tries += 1;
+            match outcome {
+                Outcome::Answered(answer) => {
+                    self.raise_visible(answer.index);
+                    // However long it takes: nothing after it may overtake it.
+                    while !self.await_applied(answer.index, Instant::now() + self.settings.timings.propose_deadline).await {
+                        if self.stopped().is_some() {
+                            return;
+                        }
+                    }
+                    self.check(commands, &answer.verdicts);
+                    let now = Instant::now();
+                    let mut numbers = self.numbers.lock();
+                    commands.iter().for_each(|command| numbers.done(command.request.seq, tries == 1, now));
+                    drop(numbers);
+                    self.stream.finish(commands);
+                    return;
+                }
+                Outcome::NoSpace => sleep(ROOM_PAUSE).await,
+                Outcome::NotLeader => self.await_other_leader(leader, deadline).await,
+                Outcome::Unsure => sleep(TRY_AGAIN).await,
+            }
+        }
+    }
+
+    /// What happened here was never refused by the rules, so the log must not refuse it.
+    fn check(&self, commands: &[Command], verdicts: &[Result<Reply, MetaError>]) {
+        for (command, verdict) in commands.iter().zip(verdicts) {
+            match verdict {
+                Ok(_) | Err(MetaError::Answered) => {}
+                Err(MetaError::StaleIncarnation) => {
+                    tracing::warn!(request = ?command.request, "this life was ended before its commands were in the log");
+                }
+                Err(why) => {
+                    tracing::error!(request = ?command.request, op = ?command.op, %why, "the log refused what had happened here");
+                }
+            }
+        }
+    }
+}
+
+fn numbers_left(replica: &Namespace, client: u64) -> u64 {
+    let ranges = replica.reserved_inos(client).unwrap_or_default();
+    ranges.iter().map(|range| range.end.0.saturating_sub(range.start.0)).sum()
+}
+
+/// Has numbers set aside for what is made here, before they run out.
+pub(crate) async fn reserve_numbers(core: Arc<Core>) {
+    loop {
+        core.stream.numbers_low.notified().await;
+        let client = core.incarnation().0;
+        if numbers_left(&core.replica.read(), client) >= NUMBERS_LOW {
+            continue;
+        }
+        match core.propose(Op::ReserveInos { count: NUMBERS_AT_ONCE }).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(why)) => tracing::debug!(%why, "no numbers for new inodes"),
+            Err(error) => tracing::debug!(%error, "no numbers for new inodes"),
+        }
+    }
+}
+
+/// Sends what has happened, until the server ends.
+pub(crate) async fn run(core: Arc<Core>) {
+    let limits = core.settings.limits.clone();
+    loop {
+        let (commands, bytes) = core.stream.batch(limits.entry_bytes, limits.entry_commands);
+        if commands.is_empty() {
+            core.stream.ready.notified().await;
+            continue;
+        }
+        core.deliver(&commands, bytes).await;
+        if core.stopped().is_some() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! Commands of this server that happened before they are in the log.
+//!
+//! [`Namespace::apply_ahead`] runs a command over the state as this server sees it, and keeps the
+//! records it wrote in a layer over the store: readers here see them, the store and the state hash do
+//! not. Later the log brings the same command. [`Namespace::apply`] runs it over the store alone, and
+//! what it wrote there takes the place of what the layer had of it.
+//!
+//! Both runs come to the same end because a command may be ahead only if everything it looks at is
+//! covered by directories this server holds ([`super::cover`]): nobody else can have changed any of
+//! it. What looks further (the directories above, which are counted and asked for limits) either is
+//! only added to, or is in the command, or keeps it from being ahead. That the ends are the same is
+//! checked each time ([`super::Applied::diverged`]).
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use ctfs_types::{FileKind, Holder, Incarnation, Ino, RequestId};
+
+use super::{
+    Apply, Namespace, Totals, keys,
+    records::Dentry,
+    txn::{Fail, Txn},
+    view::{View, Written},
+};
+use crate::{Batch, Change, Command, MetaError, NewContent, Op, Reply, StoreError};
+
+/// How a command fared that this server wanted to happen at once.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// It happened, here. It must reach the log, after those that happened before it.
+    Happened { reply: Reply, changes: Vec<Change> },
+    /// It is refused, and would be by the log.
+    Refused(MetaError),
+    /// It must go through the log, after those that happened before it.
+    NotAlone,
+}
+
+/// What the commands ahead of the log have written.
+#[derive(Default)]
+pub struct Layer {
+    pub records: BTreeMap<Vec<u8>, Written>,
+    /// Added to records that are only added to.
+    pub sums: BTreeMap<Vec<u8>, Totals>,
+    waiting: VecDeque<Waiting>,
+    next: u64,
+    /// Who did all of it.
+    holder: Option<Holder>,
+    /// Directories that are being given up: nothing more happens there.
+    closed: BTreeSet<Ino>,
+    /// Inodes that commands of this server are about that go through the log now, each with how many.
+    /// What happened to them here meanwhile would hide what the log makes of them.
+    on_the_way: BTreeMap<Ino, u32>,
+}
+
+/// One command ahead of the log.
+struct Waiting {
+    command: Command,
+    number: u64,
+    wrote: Vec<Vec<u8>>,
+    added: Vec<(Vec<u8>, Totals)>,
+}
+
+impl Layer {
+    fn push(&mut self, command: &Command, batch: Batch, added: BTreeMap<Vec<u8>, Totals>) {
+        let number = self.next;
+        self.next += 1;
+        let wrote = batch.keys().cloned().collect();
+        self.records.extend(batch.into_iter().map(|(key, value)| (key, Written { value, by: number })));
+        for (key, difference) in &added {
+            let sum = self.sums.entry(key.clone()).or_default();
+            *sum = sum.plus(*difference);
+        }
+        self.waiting.push_back(Waiting { command: command.clone(), number, wrote, added: added.into_iter().collect() });
+    }
+
+    pub fn is_closed(&self, dir: Ino) -> bool {
+        self.closed.contains(&dir)
+    }
+
+    pub fn is_on_the_way(&self, ino: Ino) -> bool {
+        self.on_the_way.contains_key(&ino)
+    }
+
+    /// Whether the log has come to this layer's next command.
+    pub fn is_next(&self, request: RequestId) -> bool {
+        self.waiting.front().is_some_and(|waiting| waiting.command.request == request)
+    }
+
+    /// The log has the next command, in an entry that wrote `batch`. Answers whether all that the
+    /// command was last to write is what the entry wrote.
+    pub fn retire(&mut self, batch: &Batch) -> bool {
+        let Some(done) = self.waiting.pop_front() else { return true };
+        let mut same = true;
+        for key in done.wrote {
+            if self.records.get(&key).is_some_and(|written| written.by == done.number)
+                && let Some(written) = self.records.remove(&key)
+            {
+                same &= batch.get(&key).is_some_and(|value| *value == written.value);
+            }
+        }
+        for (key, difference) in done.added {
+            let Some(sum) = self.sums.get_mut(&key) else { continue };
+            *sum = sum.minus(difference);
+            if *sum == Totals::default() {
+                self.sums.remove(&key);
+            }
+        }
+        same
+    }
+
+    /// Whether what is ahead was done by this life.
+    pub fn is_of(&self, life: Incarnation) -> bool {
+        self.waiting.front().is_some_and(|waiting| waiting.command.request.client == life.0)
+    }
+
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+}
+
+impl Namespace {
+    /// Runs the command of `holder` now, if everything it touches is the holder's alone. A command that
+    /// makes something is completed with what it would otherwise take from elsewhere: a number from those
+    /// that are reserved, and the grid; a directory is held from birth.
+    ///
+    /// # Errors
+    /// The store failed; nothing happened.
+    pub fn apply_ahead(&mut self, command: &mut Command, holder: Holder) -> Result<Ahead, StoreError> {
+        let is_idle = self.counters.delegated == 0 && self.layer.len() == 0;
+        if is_idle || !Self::can_be_ahead(&command.op) || self.layer.len() >= AHEAD_MAX || !self.complete(command, holder)? {
+            return Ok(Ahead::NotAlone);
+        }
+        let mut txn = Txn::new(View::ahead(&*self.store, &self.layer.records, &self.layer.sums));
+        let mut counters = self.counters.clone();
+        let mut apply = Apply {
+            txn: &mut txn,
+            counters: &mut counters,
+            request: command.request,
+            at: command.at,
+            freed_max: self.freed_max,
+            counted: BTreeMap::new(),
+        };
+        let outcome = apply.dispatch(&command.op);
+        let at_home = match &outcome {
+            Err(Fail::Store(error)) => return Err(error.clone()),
+            _ => apply.counted.is_empty() && apply.is_covered(holder, &self.layer).map_err(store_only)? && apply.moves_no_directory(&command.op).map_err(store_only)?,
+        };
+        counters.delegated = self.counters.delegated;
+        if !at_home || counters != self.counters {
+            return Ok(Ahead::NotAlone);
+        }
+        match outcome {
+            Ok(reply) => {
+                let changes = txn.keep();
+                let (batch, added) = txn.written_and_added();
+                self.layer.holder = Some(holder);
+                self.layer.push(command, batch, added);
+                Ok(Ahead::Happened { reply, changes })
+            }
+            Err(Fail::Verdict(verdict)) => Ok(Ahead::Refused(verdict)),
+            Err(Fail::Store(error)) => Err(error),
+        }
+    }
+
+    /// Answers whether there was a number for what is made.
+    fn complete(&self, command: &mut Command, holder: Holder) -> Result<bool, StoreError> {
+        let Op::Make { parent, node, .. } = &mut command.op else { return Ok(true) };
+        if node.ino.is_none() {
+            node.ino = self.reserved_inos(command.request.client)?.first().map(|range| range.start);
+        }
+        if node.cell.is_none() {
+            node.cell = Some(self.effective_policy(*parent)?.cell);
+        }
+        if node.content == NewContent::Directory && self.cover(*parent)? == Some((*parent, holder)) {
+            node.holder = Some(holder);
+        }
+        Ok(node.ino.is_some())
+    }
+
+    /// Forgets what is ahead of the log and not in it yet.
+    pub fn drop_ahead(&mut self) {
+        let on_the_way = std::mem::take(&mut self.layer.on_the_way);
+        self.layer = Layer { on_the_way, ..Layer::default() };
+    }
+
+    /// A command of this server is about to go through the log: until [`Self::has_landed`] nothing happens
+    /// ahead of the log to the inodes it is about, which are answered.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn sets_out(&mut self, op: &Op) -> Result<Vec<Ino>, StoreError> {
+        let inos = self.inodes_of(op)?;
+        for ino in &inos {
+            *self.layer.on_the_way.entry(*ino).or_default() += 1;
+        }
+        Ok(inos)
+    }
+
+    /// The log has that command, or never will.
+    pub fn has_landed(&mut self, inos: &[Ino]) {
+        for ino in inos {
+            if let Some(count) = self.layer.on_the_way.get_mut(ino) {
+                *count -= 1;
+                if *count == 0 {
+                    self.layer.on_the_way.remove(ino);
+                }
+            }
+        }
+    }
+
+    /// Inodes whose records the command may change.
+    fn inodes_of(&self, op: &Op) -> Result<Vec<Ino>, StoreError> {
+        let mut inos = match op {
+            Op::Make { parent, .. } => vec![*parent],
+            Op::Link { ino, parent, .. } => vec![*ino, *parent],
+            Op::Unlink { parent, name } | Op::Rmdir { parent, name } => {
+                let mut inos = vec![*parent];
+                inos.extend(self.lookup(*parent, name)?);
+                inos
+            }
+            Op::Rename { from, name, to, new_name, .. } => {
+                let mut inos = vec![*from, *to];
+                inos.extend(self.lookup(*from, name)?);
+                inos.extend(self.lookup(*to, new_name)?);
+                inos
+            }
+            Op::SetAttr { ino, .. }
+            | Op::SetXattr { ino, .. }
+            | Op::RemoveXattr { ino, .. }
+            | Op::Write { ino, .. }
+            | Op::Punch { ino, .. }
+            | Op::Own { ino, .. }
+            | Op::Lock { ino, .. }
+            | Op::AwaitLock { ino, .. }
+            | Op::WithdrawLock { ino, .. }
+            | Op::Overtake { ino, .. }
+            | Op::Unlock { ino, .. }
+            | Op::UnlockAll { ino, .. }
+            | Op::SetPolicy { ino, .. }
+            | Op::SetQuota { ino, .. } => vec![*ino],
+            Op::CloneCells { source, ino, .. } => vec![*source, *ino],
+            Op::Disown { files, .. } => files.iter().map(|(ino, _)| *ino).collect(),
+            Op::Reap { inos } | Op::FreeCells { inos } => inos.clone(),
+            Op::Noop
+            | Op::ForgetChunks { .. }
+            | Op::Found { .. }
+            | Op::CreateToken { .. }
+            | Op::RevokeToken { .. }
+            | Op::Join { .. }
+            | Op::Incarnate { .. }
+            | Op::SetMemberState { .. }
+            | Op::RemoveMember { .. }
+            | Op::Fence { .. }
+            | Op::ReserveInos { .. } => Vec::new(),
+        };
+        inos.sort_unstable();
+        inos.dedup();
+        Ok(inos)
+    }
+
+    /// From here on nothing happens ahead of the log by these directories, which are about to be given
+    /// up: what they cover goes through the log.
+    pub fn close_ahead(&mut self, dirs: &[Ino]) {
+        self.layer.closed.extend(dirs);
+    }
+
+    /// They are given up, or taken anew, or known not to be given up.
+    pub fn open_ahead(&mut self, dirs: &[Ino]) {
+        self.layer.closed.retain(|dir| !dirs.contains(dir));
+    }
+
+    /// This state takes the place of `old`, at the same or a later index: what was ahead of that one, and
+    /// is not in the log up to here, is ahead of this one. Answers the requests that are not, which is none.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn take_ahead_of(&mut self, old: &mut Namespace) -> Result<Vec<RequestId>, StoreError> {
+        let layer = std::mem::take(&mut old.layer);
+        self.layer.closed = layer.closed;
+        self.layer.on_the_way = layer.on_the_way;
+        let mut lost = Vec::new();
+        let Some(holder) = layer.holder else { return Ok(lost) };
+        for Waiting { mut command, .. } in layer.waiting {
+            if !self.is_answered(command.request)? && !matches!(self.apply_ahead(&mut command, holder)?, Ahead::Happened { .. }) {
+                lost.push(command.request);
+            }
+        }
+        Ok(lost)
+    }
+
+    /// Commands ahead of the log.
+    pub fn ahead(&self) -> usize {
+        self.layer.len()
+    }
+
+    /// Whether the log had this request, and its verdict is still remembered.
+    pub fn is_answered(&self, request: RequestId) -> Result<bool, StoreError> {
+        Ok(self.store.get(&keys::verdict(request.client, request.seq))?.is_some())
+    }
+
+    /// The kinds of commands that may be; whether one is depends on what it touches.
+    fn can_be_ahead(op: &Op) -> bool {
+        match op {
+            Op::Make { .. }
+            | Op::Own { .. }
+            | Op::Link { .. }
+            | Op::Unlink { .. }
+            | Op::Rmdir { .. }
+            | Op::Rename { .. }
+            | Op::SetAttr { .. }
+            | Op::SetXattr { .. }
+            | Op::RemoveXattr { .. }
+            | Op::Write { .. }
+            | Op::Lock { .. }
+            | Op::AwaitLock { .. }
+            | Op::WithdrawLock { .. }
+            | Op::Overtake { .. }
+            | Op::Unlock { .. }
+            | Op::UnlockAll { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// Commands that may be ahead of the log at once: some tens of megabytes, and about a second of work
+/// for those who apply them.
+pub const AHEAD_MAX: usize = 16384;
+
+fn store_only(fail: Fail) -> StoreError {
+    match fail {
+        Fail::Store(error) => error,
+        Fail::Verdict(verdict) => StoreError::Corrupt { key: Vec::new(), why: format!("no inode where one was: {verdict}") },
+    }
+}
+
+impl Apply<'_, '_> {
+    /// A directory that changes its parent may end up below itself, by what somebody else does.
+    fn moves_no_directory(&mut self, op: &Op) -> super::txn::Outcome<bool> {
+        let Op::Rename { from, name, to, new_name, .. } = op else { return Ok(true) };
+        if from == to {
+            return Ok(true);
+        }
+        for (dir, name) in [(*from, name), (*to, new_name)] {
+            let entry: Option<Dentry> = self.txn.before(&keys::name(dir, name))?;
+            if entry.is_some_and(|entry| entry.kind == FileKind::Directory) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,185 @@
+//! What a server may change without asking, because it alone holds the directory.
+//!
+//! The holder of a directory answers for its names and attributes, and for every file in it that has
+//! no other name and that no other server holds. What it does there happens *ahead* of the log and is
+//! told to the log in order, so nobody else may touch any of it meanwhile: a command of another server
+//! is refused with [`MetaError::Held`], which names the directory, and may be tried again when the
+//! holder has given that up.
+//!
+//! Subdirectories are held, or not, by themselves. What belongs to no inode (counts of chunks, the
+//! members) is nobody's, and a command that needs it goes through the log.
+
+use ctfs_types::{FileUse, Holder, Ino};
+
+use super::{
+    Apply, Namespace,
+    ahead::Layer,
+    keys,
+    records::Inode,
+    txn::Outcome,
+};
+use crate::{MetaError, Op, StoreError};
+
+/// To whom a record belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    Inode(Ino),
+    /// To one life of one server; by its number.
+    Life(u64),
+    /// To nobody, and is only ever added to.
+    Sum,
+    Volume,
+}
+
+impl Subject {
+    pub fn of(key: &[u8]) -> Self {
+        let number = |at| keys::number_at(key, at);
+        let found = match key.first().copied().unwrap_or(0) {
+            keys::INODE
+            | keys::NAME
+            | keys::COOKIE
+            | keys::LINK
+            | keys::XATTR
+            | keys::CELL
+            | keys::CUTS
+            | keys::LOCKS
+            | keys::WAITING
+            | keys::ORPHAN
+            | keys::POLICY => number(1).map(|ino| Self::Inode(Ino(ino))),
+            keys::OWNED | keys::WAIT => number(9).map(Self::Life),
+            keys::NUMBERS => number(1).map(Self::Life),
+            keys::TOTALS => Some(Self::Sum),
+            _ => None,
+        };
+        found.unwrap_or(Self::Volume)
+    }
+}
+
+/// Who alone may change what belongs to an inode, and the directory by which.
+pub type Cover = Option<(Ino, Holder)>;
+
+/// The rule, over whatever reads inodes and first links.
+fn cover(
+    ino: Ino,
+    mut inode: impl FnMut(Ino) -> Result<Option<Inode>, StoreError>,
+    home: impl FnOnce(Ino) -> Result<Option<Ino>, StoreError>,
+) -> Result<Cover, StoreError> {
+    let Some(own) = inode(ino)? else { return Ok(None) };
+    if own.is_dir() {
+        return Ok(holder(own.usage).map(|holder| (ino, holder)));
+    }
+    if own.nlink != 1 || matches!(own.usage, FileUse::Shared { .. }) {
+        return Ok(None);
+    }
+    let Some(home) = home(ino)? else { return Ok(None) };
+    let by_home = inode(home)?.and_then(|home| holder(home.usage));
+    Ok(by_home.filter(|by_home| holder(own.usage).is_none_or(|own| own == *by_home)).map(|holder| (home, holder)))
+}
+
+fn holder(usage: FileUse) -> Option<Holder> {
+    match usage {
+        FileUse::Owned { holder, .. } => Some(holder),
+        FileUse::Free | FileUse::Shared { .. } => None,
+    }
+}
+
+impl Apply<'_, '_> {
+    /// Refuses a command that touched what another server alone may change.
+    pub(super) fn may_touch(&mut self, op: &Op) -> Outcome<()> {
+        if self.counters.delegated == 0 || Self::ends_lives(op) {
+            return Ok(());
+        }
+        for ino in self.txn.touched() {
+            if let Some((dir, holder)) = self.cover_before(ino)?
+                && holder.incarnation.0 != self.request.client
+            {
+                return Err(MetaError::Held { ino: dir, holder }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whose holdings have ended is not asked.
+    fn ends_lives(op: &Op) -> bool {
+        matches!(op, Op::Join { .. } | Op::Incarnate { .. } | Op::Fence { .. } | Op::RemoveMember { .. })
+    }
+
+    /// Whether everything that the command touched is this holder's alone, or new.
+    pub(super) fn is_covered(&mut self, holder: Holder, layer: &Layer) -> Outcome<bool> {
+        if !self.txn.touches_only_life(self.request.client) {
+            return Ok(false);
+        }
+        for ino in self.txn.touched() {
+            let is_new = self.txn.before::<Inode>(&keys::inode(ino))?.is_none();
+            let is_mine = |(dir, by): (Ino, Holder)| by == holder && !layer.is_closed(dir);
+            if layer.is_on_the_way(ino) || !is_new && !self.cover_before(ino)?.is_some_and(is_mine) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Who covered the inode before this command.
+    pub(super) fn cover_before(&mut self, ino: Ino) -> Outcome<Cover> {
+        let txn = std::cell::RefCell::new(&mut *self.txn);
+        let found = cover(
+            ino,
+            |ino| txn.borrow_mut().before(&keys::inode(ino)),
+            |ino| {
+                let (from, to) = keys::under(keys::LINK, &[ino.0]);
+                let first = txn.borrow().scan_before(&from, &to, 1)?;
+                Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
+            },
+        );
+        Ok(found?)
+    }
+
+    /// Whether some directory at or below `dir` is held by anybody.
+    pub(super) fn held_below(&mut self, dir: Ino) -> Outcome<Cover> {
+        if self.counters.delegated == 0 {
+            return Ok(None);
+        }
+        let (from, to) = keys::under(keys::OWNED, &[]);
+        for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
+            let Some(held) = keys::number_at(&key, 17).map(Ino) else { continue };
+            let Some(Inode { usage, dir: Some(_), .. }) = self.txn.peek(&keys::inode(held))? else { continue };
+            if let Some(holder) = holder(usage)
+                && self.is_at_or_below(held, dir)?
+            {
+                return Ok(Some((held, holder)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_at_or_below(&mut self, mut ino: Ino, dir: Ino) -> Outcome<bool> {
+        loop {
+            if ino == dir {
+                return Ok(true);
+            }
+            if ino == Ino::ROOT {
+                return Ok(false);
+            }
+            match self.txn.peek::<Inode>(&keys::inode(ino))?.and_then(|inode| inode.dir) {
+                Some(dir) if dir.parent != ino => ino = dir.parent,
+                _ => return Ok(false),
+            }
+        }
+    }
+}
+
+impl Namespace {
+    /// Who alone may change names and attributes of the inode and therefore knows them, and the
+    /// directory by which: whoever else wants to know has it give that up first.
+    pub fn cover(&self, ino: Ino) -> Result<Cover, StoreError> {
+        if self.delegated() == 0 {
+            return Ok(None);
+        }
+        cover(ino, |ino| self.inode(ino), |ino| Ok(self.first_link(ino)?.map(|(parent, _)| parent)))
+    }
+
+    /// Directories that servers hold.
+    pub fn delegated(&self) -> u64 {
+        self.counters.delegated
+    }
+}

@@ -1,0 +1,78 @@
+//! Directories that one server holds.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, atomic::{AtomicBool, Ordering::Relaxed}},
+    time::Duration,
+};
+
+use crate::{support::Cluster, tools::setting};
+
+#[test]
+#[ignore = "servers do not take directories yet"]
+fn a_killed_server_leaves_nothing_out_that_it_did_in_directories_it_held() {
+    let cluster = Cluster::start("held", 3);
+    let dir = cluster.mnt(1).join("d");
+    fs::create_dir(&dir).unwrap();
+    let mut made = Vec::new();
+    for attempt in 0..5 {
+        // Changed through the log, so it is taken, if it was not yet.
+        fs::create_dir(dir.join(format!("attempt{attempt}"))).unwrap();
+        // Nothing reaches the log any more; the lease lasts a moment longer.
+        cluster.script(&["cut", "1"]);
+        for number in 0..50 {
+            let name = format!("cut-off{attempt}-{number}");
+            match fs::create_dir(dir.join(&name)) {
+                Ok(()) => made.push(name),
+                // The lease is over, or the directory was not held yet.
+                Err(_) => break,
+            }
+        }
+        if !made.is_empty() {
+            break;
+        }
+        cluster.script(&["heal", "1"]);
+        cluster.wait_healthy(1);
+    }
+    cluster.kill(1);
+    println!("{} names at risk", made.len());
+    assert!(!made.is_empty(), "nothing was at risk");
+    cluster.script(&["heal", "1"]);
+    cluster.restart(1);
+    for server in 1..=3 {
+        for name in &made {
+            assert!(cluster.mnt(server).join("d").join(name).is_dir(), "s{server}: {name} is lost");
+        }
+    }
+}
+
+#[test]
+fn two_servers_take_turns_writing_one_directory_and_both_go_on() {
+    let cluster = Cluster::start("turns", 3);
+    let seconds = setting("CTFS_TEST_SECONDS", 5);
+    fs::create_dir(cluster.mnt(1).join("d")).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let write = |server: usize, dir: PathBuf| {
+        let stop = stop.clone();
+        std::thread::spawn(move || {
+            let mut names = 0;
+            while !stop.load(Relaxed) {
+                let name = dir.join(format!("{server}-{names}"));
+                fs::write(&name, name.as_os_str().as_encoded_bytes()).unwrap();
+                fs::rename(&name, name.with_extension("done")).unwrap();
+                names += 1;
+            }
+            names
+        })
+    };
+    let writers: Vec<_> = (1..=2).map(|server| write(server, cluster.mnt(server).join("d"))).collect();
+    std::thread::sleep(Duration::from_secs(seconds));
+    stop.store(true, Relaxed);
+    let counts: Vec<usize> = writers.into_iter().map(|writer| writer.join().expect("no error")).collect();
+    println!("names by server: {counts:?}");
+    assert!(counts.iter().all(|count| *count > 0), "one of them made no progress: {counts:?}");
+    for server in 1..=3 {
+        assert_eq!(fs::read_dir(cluster.mnt(server).join("d")).unwrap().count(), counts.iter().sum::<usize>(), "s{server}");
+    }
+}
