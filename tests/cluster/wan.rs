@@ -48,9 +48,3 @@ fn keep_their_leader(test: &str, rtt: &str) {
 fn three_servers_50_ms_apart_elect_one_leader_and_keep_it() {
     keep_their_leader("wan-50", "50ms");
 }
-
-/// As far as timings go: further than the time that a LAN gives an append.
-#[test]
-fn three_servers_250_ms_apart_elect_one_leader_and_keep_it() {
-    keep_their_leader("wan-250", "250ms");
-}

@@ -83,6 +83,11 @@ impl Numbers {
         (self.last, oldest - 1)
     }
 
+    /// How many were numbered since the oldest that is still open.
+    pub fn span(&self) -> u64 {
+        self.open.first().map_or(0, |oldest| self.last - oldest)
+    }
+
     /// The request has ended; `once` if there is no copy of it anywhere any more.
     pub fn done(&mut self, seq: u64, once: bool, now: Instant) {
         if once {

@@ -23,6 +23,10 @@ pub enum ProposeError {
     /// Cut it into several commands.
     #[error("command of {bytes} bytes is over the limit of {max}")]
     TooLarge { bytes: usize, max: usize },
+    /// This server's life was ended while it was cut off. It did not happen, nor did some of what this server
+    /// had done before it.
+    #[error("the others went on without this server")]
+    LifeEnded,
     /// Another change of membership has not ended yet; ask again.
     #[error("another change of membership is under way")]
     ChangeInProgress,

@@ -113,7 +113,7 @@ impl Request {
         let answered = self.propose_in_order(op, started, deadline).await;
         // Without an answer it may happen at any time, so its inodes stay on the way: what is done to
         // them goes through the log, behind it.
-        if matches!(answered, Ok(_) | Err(ProposeError::TooLarge { .. } | ProposeError::NoSpace)) {
+        if matches!(answered, Ok(_) | Err(ProposeError::TooLarge { .. } | ProposeError::NoSpace | ProposeError::LifeEnded)) {
             self.has_landed();
         }
         answered
@@ -140,8 +140,11 @@ impl Request {
     async fn propose_in_order(&self, op: Op, started: Instant, deadline: Instant) -> Result<Result<Reply, MetaError>, ProposeError> {
         let core = &*self.core;
         let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
-        // It may depend on them, and must not survive a crash that they do not.
-        core.await_streamed(deadline).await?;
+        // It may depend on them, and must not survive a crash that they do not. What is about no inode does
+        // not, and the server's own affairs must not wait for a long backlog.
+        if !self.on_the_way.lock().is_empty() {
+            core.await_streamed(deadline).await?;
+        }
 
         let (request, answered) = *self.number.lock().get_or_insert_with(|| {
             let (seq, answered) = core.numbers.lock().take(started);

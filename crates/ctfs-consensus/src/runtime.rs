@@ -214,8 +214,8 @@ impl Consensus {
     }
 
     /// After this life was ended: takes back what happened here and is not in the log. Answers the
-    /// commands that are lost.
-    pub fn end_stream(&self) -> Vec<Command> {
+    /// commands that are lost, and the journal of that life: until the next one is set nothing happens here.
+    pub fn end_stream(&self) -> (Vec<Command>, Option<Arc<Journal>>) {
         self.core.end_stream()
     }
 

@@ -39,6 +39,11 @@ const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// With so much written down that is not in the log, more goes through the log, which is slower.
 const JOURNAL_BYTES_MAX: u64 = 64 << 20;
+/// When what happened is not in the log after this, more goes through the log: writers slow down.
+const AGE_MAX: Duration = Duration::from_secs(1);
+/// So many requests after the oldest that is open nothing more happens here: some 4,000 verdicts of a life
+/// are remembered, and that one's must not be forgotten.
+const OPEN_SPAN_MAX: u64 = 2048;
 /// With fewer numbers left for new inodes, more are reserved.
 const NUMBERS_LOW: u64 = 4096;
 const NUMBERS_AT_ONCE: u32 = 16384;
@@ -50,15 +55,25 @@ pub(crate) struct Stream {
     ready: Notify,
     /// How many commands have happened, counted from the start of the program.
     happened: watch::Sender<u64>,
-    /// How many of them are done with: in the log and visible, or taken back.
-    done: watch::Sender<u64>,
+    /// How far they are done with.
+    done: watch::Sender<Done>,
     /// There are few numbers left for what is made here.
     numbers_low: Notify,
     /// Where what happens is written down before it is answered. Without one nothing happens here.
     journal: Mutex<Option<Arc<Journal>>>,
 }
 
+/// Counts of commands that have happened.
+#[derive(Debug, Clone, Copy, Default)]
+struct Done {
+    /// So many are in the log and visible, or lost.
+    upto: u64,
+    /// The last of them that is lost, because the life that did it was ended before.
+    lost: u64,
+}
+
 struct Queued {
+    at: Instant,
     command: Command,
     bytes: usize,
     position: Position,
@@ -66,14 +81,14 @@ struct Queued {
 
 impl Default for Stream {
     fn default() -> Self {
-        Self { queue: Mutex::default(), ready: Notify::new(), happened: watch::Sender::new(0), done: watch::Sender::new(0), numbers_low: Notify::new(), journal: Mutex::default() }
+        Self { queue: Mutex::default(), ready: Notify::new(), happened: watch::Sender::new(0), done: watch::Sender::default(), numbers_low: Notify::new(), journal: Mutex::default() }
     }
 }
 
 impl Stream {
     fn push(&self, command: Command, position: Position) {
         let bytes = encoded_bytes(&command);
-        self.queue.lock().push_back(Queued { command, bytes, position });
+        self.queue.lock().push_back(Queued { at: Instant::now(), command, bytes, position });
         self.happened.send_modify(|count| *count += 1);
         self.ready.notify_one();
     }
@@ -92,8 +107,8 @@ impl Stream {
         (commands, bytes)
     }
 
-    /// Takes these off, unless they were taken back meanwhile.
-    fn finish(&self, commands: &[Command]) {
+    /// Takes these off, unless they were taken back meanwhile. `lost`: the log has refused one.
+    fn finish(&self, commands: &[Command], lost: bool) {
         let mut queue = self.queue.lock();
         let (mut finished, mut upto) = (0, Position::NONE);
         for command in commands {
@@ -106,7 +121,21 @@ impl Stream {
         if let Some(journal) = self.journal.lock().as_ref().filter(|_| finished > 0) {
             journal.trim(upto);
         }
-        self.done.send_modify(|count| *count += finished);
+        self.advance(finished, lost);
+    }
+
+    fn advance(&self, finished: u64, lost: bool) {
+        self.done.send_modify(|done| {
+            done.upto += finished;
+            if lost && finished > 0 {
+                done.lost = done.upto;
+            }
+        });
+    }
+
+    /// Whether the log keeps up with what happens here.
+    fn keeps_up(&self) -> bool {
+        self.queue.lock().front().is_none_or(|oldest| oldest.at.elapsed() < AGE_MAX)
     }
 
     /// The journal, if it has room.
@@ -122,13 +151,13 @@ impl Stream {
 
     /// Commands not in the log yet.
     pub fn depth(&self) -> u64 {
-        let done = *self.done.borrow();
+        let done = self.done.borrow().upto;
         self.happened.borrow().saturating_sub(done)
     }
 
     fn clear(&self) -> Vec<Command> {
         let taken: Vec<Command> = self.queue.lock().drain(..).map(|queued| queued.command).collect();
-        self.done.send_modify(|count| *count += taken.len() as u64);
+        self.advance(taken.len() as u64, true);
         taken
     }
 }
@@ -139,11 +168,17 @@ impl Core {
         if self.replica.read().delegated() == 0 || !self.leased() || self.stopped().is_some() || self.health.waits() {
             return None;
         }
-        let journal = self.stream.journal()?;
+        let journal = self.stream.journal().filter(|_| self.stream.keeps_up())?;
         let holder = Holder { node: self.me, incarnation: self.incarnation() };
         let mut replica = self.replica.write();
         let now = Instant::now();
-        let (seq, answered) = self.numbers.lock().take(now);
+        let (seq, answered) = {
+            let mut numbers = self.numbers.lock();
+            if numbers.span() >= OPEN_SPAN_MAX {
+                return None;
+            }
+            numbers.take(now)
+        };
         let request = RequestId { client: holder.incarnation.0, seq };
         let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op: op.clone() };
         let unused = || self.numbers.lock().done(seq, true, now);
@@ -187,17 +222,20 @@ impl Core {
     /// Returns when everything that has happened here before the call is in the log and visible.
     ///
     /// # Errors
-    /// [`ProposeError::NoQuorum`] at the deadline, [`ProposeError::Stopped`].
+    /// [`ProposeError::LifeEnded`]: some of it did not come so far, and will not. [`ProposeError::NoQuorum`]
+    /// at the deadline, [`ProposeError::Stopped`].
     pub async fn await_streamed(&self, deadline: Instant) -> Result<(), ProposeError> {
         let upto = *self.stream.happened.borrow();
         let mut done = self.stream.done.subscribe();
-        if *done.borrow_and_update() >= upto {
+        let before = *done.borrow_and_update();
+        if before.upto >= upto {
             return Ok(());
         }
         let started = Instant::now();
         let mut view = self.view.subscribe();
         tokio::select! {
-            reached = timeout_at(deadline, done.wait_for(|done| *done >= upto)) => match reached {
+            reached = timeout_at(deadline, done.wait_for(|done| done.upto >= upto)) => match reached {
+                Ok(Ok(done)) if done.lost > before.upto => Err(ProposeError::LifeEnded),
                 Ok(_) => Ok(()),
                 Err(_) => Err(ProposeError::NoQuorum { waited: started.elapsed() }),
             },
@@ -206,11 +244,11 @@ impl Core {
     }
 
     /// The life in which these happened was ended: what the log does not have is taken back. Answers
-    /// the commands that are lost.
-    pub fn end_stream(&self) -> Vec<Command> {
+    /// the commands that are lost, and the journal of that life, into which nothing is written any more.
+    pub fn end_stream(&self) -> (Vec<Command>, Option<Arc<Journal>>) {
         let mut replica = self.replica.write();
         replica.drop_ahead();
-        self.stream.clear()
+        (self.stream.clear(), self.stream.journal.lock().take())
     }
 
     async fn deliver(self: &Arc<Self>, commands: &[Command], bytes: usize) {
@@ -235,12 +273,12 @@ impl Core {
                             return;
                         }
                     }
-                    self.check(commands, &answer.verdicts);
+                    let lost = !self.check(commands, &answer.verdicts);
                     let now = Instant::now();
                     let mut numbers = self.numbers.lock();
                     commands.iter().for_each(|command| numbers.done(command.request.seq, tries == 1, now));
                     drop(numbers);
-                    self.stream.finish(commands);
+                    self.stream.finish(commands, lost);
                     return;
                 }
                 Outcome::NoSpace => sleep(ROOM_PAUSE).await,
@@ -250,8 +288,9 @@ impl Core {
         }
     }
 
-    /// What happened here was never refused by the rules, so the log must not refuse it.
-    fn check(&self, commands: &[Command], verdicts: &[Result<Reply, MetaError>]) {
+    /// What happened here was never refused by the rules, so the log must not refuse it. Answers whether it
+    /// has all of it.
+    fn check(&self, commands: &[Command], verdicts: &[Result<Reply, MetaError>]) -> bool {
         for (command, verdict) in commands.iter().zip(verdicts) {
             match verdict {
                 Ok(_) | Err(MetaError::Answered) => {}
@@ -263,6 +302,7 @@ impl Core {
                 }
             }
         }
+        verdicts.iter().all(|verdict| matches!(verdict, Ok(_) | Err(MetaError::Answered)))
     }
 }
 

@@ -47,7 +47,7 @@ const TIMEOUTS_RUN_OUT: Duration = CACHE_TIMEOUT_MAX.saturating_add(Duration::fr
 const SWEEP_AFTER: Duration = Duration::from_millis(20);
 /// Changes waiting to be told; past it the kernel is told to forget everything instead.
 const JOBS_MAX: usize = 65536;
-/// Inodes in a directory that are told of one by one; past it everything counts as just changed.
+/// Inodes in a directory that are told of one by one; past it the kernel forgets everything.
 const CHILDREN_MAX: usize = 8192;
 /// Threads that tell; one blocked by a directory or a page must not hold up the others.
 const NAME_THREADS: usize = 2;
@@ -203,10 +203,11 @@ impl KernelCache for Notifier {
 
 impl Shared {
     fn enqueue(&self, index: Option<LogIndex>, changes: Vec<Change>) {
-        let changes = changes.into_iter().flat_map(|change| self.with_children(change));
+        let mut too_many = false;
+        let changes: Vec<Change> = changes.into_iter().flat_map(|change| self.with_children(change, &mut too_many)).collect();
         // Marked before anything is told, and outside the lock of the queue.
         let changes: Vec<(Change, bool)> =
-            changes.filter_map(|change| self.mark(&change).map(|holds| (change, holds))).collect();
+            changes.into_iter().filter_map(|change| self.mark(&change).map(|holds| (change, holds))).collect();
 
         let mut state = self.state.lock();
         if let Some(index) = index {
@@ -216,8 +217,8 @@ impl Shared {
             self.advance(&state);
             return;
         }
-        if state.names.len() + state.attrs.len() + state.pages.len() + changes.len() > JOBS_MAX {
-            tracing::warn!("the kernel is told too slowly; telling it to forget everything");
+        if too_many || state.names.len() + state.attrs.len() + state.pages.len() + changes.len() > JOBS_MAX {
+            tracing::warn!("too much to tell the kernel one by one; telling it to forget everything");
             self.forget_everything(&mut state);
             return;
         }
@@ -258,6 +259,7 @@ impl Shared {
             | Change::LockGranted { .. }
             | Change::LockWaitEnded { .. }
             | Change::Usage { .. }
+            | Change::Covered { .. }
             | Change::ChunkWanted { .. }
             | Change::ChunkForgotten { .. }
             | Change::Members
@@ -267,12 +269,14 @@ impl Shared {
 
     /// With a directory goes what the kernel keeps of anything in it: another server may change that
     /// from here on and tell nobody.
-    fn with_children(&self, change: Change) -> Vec<Change> {
-        let Change::Children { dir } = change else { return vec![change] };
+    fn with_children(&self, change: Change, too_many: &mut bool) -> Vec<Change> {
+        let dir = match change {
+            Change::Children { dir } => dir,
+            Change::Covered { ino } => return vec![Change::Attr { ino }, Change::Data { ino, offset: 0, len: u64::MAX }],
+            other => return vec![other],
+        };
         let children = self.vfs.inodes_in(dir, CHILDREN_MAX);
-        if children.len() >= CHILDREN_MAX {
-            self.caches.mark_everything();
-        }
+        *too_many |= children.len() >= CHILDREN_MAX;
         let below = children.into_iter().flat_map(|ino| {
             [Change::Attr { ino }, Change::Data { ino, offset: 0, len: u64::MAX }]
         });

@@ -289,6 +289,9 @@ pub enum Change {
     Usage { ino: Ino },
     /// A server holds the directory from here on: what others keep of anything in it may be old soon.
     Children { dir: Ino },
+    /// The server that holds the directory of the file may change it from here on and tell nobody, which it
+    /// could not before. Told also to the server whose command it was.
+    Covered { ino: Ino },
     /// First reference to a chunk, or a wish for more copies of it.
     ChunkWanted { chunk: ChunkId },
     /// Nothing refers to the chunk any more and its grace time is over: copies may go.
@@ -319,6 +322,7 @@ impl Change {
             Self::Attr { ino }
             | Self::Data { ino, .. }
             | Self::Orphaned { ino }
+            | Self::Covered { ino }
             | Self::Reaped { ino } => (Some(Subject::Inode(*ino)), None),
             // Whoever looks below asks the holder; the directory's own change is told with it.
             Self::Children { .. } => (None, None),

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{ChunkError, Chunks, PutError};
 use ctfs_consensus::{Consensus, ProposeError};
-use ctfs_meta::{Op, Reply, SharedNamespace, Subject};
+use ctfs_meta::{MetaError, Op, Reply, SharedNamespace, Subject};
 use ctfs_net::Network;
 use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
 use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport};
@@ -31,6 +31,7 @@ fn no_quorum(error: ProposeError) -> FsError {
         ProposeError::NoQuorum { waited } => FsError::NoQuorum { waited },
         ProposeError::Stopped(_) => FsError::Shutdown,
         ProposeError::NoSpace => FsError::NoSpace,
+        ProposeError::LifeEnded => FsError::Meta(MetaError::StaleIncarnation),
         other => {
             tracing::warn!(error = %other, "a command found no verdict");
             FsError::NoQuorum { waited: Duration::ZERO }

@@ -141,7 +141,8 @@ impl Observer for Events {
         match notifier.as_ref() {
             Some(notifier) => {
                 let own = self.own.load(Relaxed);
-                let foreign = changes.into_iter().filter(|(client, _)| *client != own).map(|(_, change)| change);
+                let is_news = |(client, change): &(u64, Change)| *client != own || matches!(change, Change::Covered { .. });
+                let foreign = changes.into_iter().filter(is_news).map(|(_, change)| change);
                 notifier.apply(index, foreign.collect());
             }
             None => self.told(index),

@@ -51,6 +51,8 @@ const CATCH_UP: Duration = Duration::from_secs(30);
 /// `down` writes back what is dirty for this long before it gives up and says so.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(120);
 
+/// Before a journal is sent again that could not be sent.
+const REPLAY_PAUSE: Duration = Duration::from_secs(1);
 /// Whether servers take directories, to act ahead of the log there. Not before what `docs/plan.md` lists
 /// under steps 6 and 7 is mended.
 const HOLDS_DIRECTORIES: bool = false;
@@ -245,6 +247,7 @@ impl Node {
                 // Reporting this life ends the last one, and what it left behind.
                 if let Err(error) = self.journals.replay(incarnation, &self.consensus).await {
                     last = self.not_replayed(error)?;
+                    tokio::time::sleep(REPLAY_PAUSE).await;
                     continue;
                 }
                 let op = self.new_life(incarnation, &member);
@@ -299,10 +302,10 @@ impl Node {
                     Ok(problem) => tracing::debug!(why = problem.why, "an earlier life is not in the log yet"),
                     Err(problem) => return self.end(problem),
                 }
-                if *stopping.borrow() {
-                    return;
+                tokio::select! {
+                    () = tokio::time::sleep(REPLAY_PAUSE) => continue,
+                    () = stop::requested(&mut stopping) => return,
                 }
-                continue;
             }
             let proposed = tokio::select! {
                 proposed = self.consensus.propose(self.new_life(incarnation, &member)) => proposed,

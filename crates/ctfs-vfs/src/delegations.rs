@@ -180,17 +180,25 @@ impl Delegations {
         self.inner.replica().write().close_ahead(&dirs);
         match self.inner.request().propose(Op::Disown { files: given, holder: me, shared }).await {
             Ok(_) | Err(FsError::Meta(_)) => {
-                self.inner.replica().write().open_ahead(&dirs);
-                let mut state = self.state.lock();
-                for dir in &dirs {
-                    state.in_doubt.remove(dir);
-                    state.changed.remove(dir);
+                // Closed once by this, and once more by an earlier try whose outcome was not known.
+                let mut open = dirs.clone();
+                {
+                    let mut state = self.state.lock();
+                    for dir in &dirs {
+                        open.extend(state.in_doubt.take(dir));
+                        state.changed.remove(dir);
+                    }
                 }
+                self.inner.replica().write().open_ahead(&open);
                 Ok(())
             }
             Err(error) => {
                 // It may still happen, at any time: nothing happens there any more until it is taken anew.
-                self.state.lock().in_doubt.extend(dirs);
+                let known: Vec<Ino> = {
+                    let mut state = self.state.lock();
+                    dirs.into_iter().filter(|dir| !state.in_doubt.insert(*dir)).collect()
+                };
+                self.inner.replica().write().open_ahead(&known);
                 Err(error)
             }
         }

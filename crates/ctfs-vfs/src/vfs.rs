@@ -271,6 +271,25 @@ impl Vfs {
         }
     }
 
+    /// These commands had happened here and are lost, because this life was ended: whoever has open what they
+    /// were about is told once.
+    pub fn lost(&self, ops: impl Iterator<Item = Op>) {
+        for op in ops {
+            let inos = match op {
+                Op::Make { parent, node, .. } => [Some(parent), node.ino],
+                Op::Unlink { parent, .. } | Op::Rmdir { parent, .. } => [Some(parent), None],
+                Op::Rename { from, to, .. } => [Some(from), Some(to).filter(|to| *to != from)],
+                Op::Link { ino, parent, .. } => [Some(ino), Some(parent)],
+                Op::SetAttr { ino, .. } | Op::SetXattr { ino, .. } | Op::RemoveXattr { ino, .. } | Op::Write { ino, .. } => [Some(ino), None],
+                _ => [None, None],
+            };
+            for ino in inos.into_iter().flatten() {
+                let why = "this server was cut off for so long that others went on without it".to_owned();
+                self.handles.spread_error(ino, &FsError::LostWrites { ino, why });
+            }
+        }
+    }
+
     /// Gives up every file that this server holds and could flush; before it stops.
     pub async fn give_up_all(&self) {
         self.content.give_up_all().await;

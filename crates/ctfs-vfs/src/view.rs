@@ -33,8 +33,9 @@ impl<'a> View<'a> {
     /// [`MetaError::Held`]: another server alone knows, because it holds the directory that is named.
     fn look(&self, ino: Ino, subject: impl FnOnce() -> Subject) -> Result<(), FsError> {
         match self.ns.cover(ino)? {
-            // Whoever looks at it elsewhere asks this server first.
-            Some((_, holder)) if holder == self.me => return Ok(()),
+            // Whoever looks at it elsewhere asks this server first, once everybody knows that it holds it.
+            Some((dir, holder)) if holder == self.me && !self.ns.is_on_the_way(dir) => return Ok(()),
+            Some((_, holder)) if holder == self.me => {}
             Some((dir, holder)) => return Err(MetaError::Held { ino: dir, holder }.into()),
             None => {}
         }
@@ -115,9 +116,9 @@ impl<'a> View<'a> {
 
     pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
         match self.ns.cover(ino)? {
-            Some((_, holder)) if holder == self.me => {}
-            Some((dir, holder)) => return Err(MetaError::Held { ino: dir, holder }.into()),
-            None => self.look_at_all(),
+            Some((dir, holder)) if holder == self.me && !self.ns.is_on_the_way(dir) => {}
+            Some((dir, holder)) if holder != self.me => return Err(MetaError::Held { ino: dir, holder }.into()),
+            _ => self.look_at_all(),
         }
         Ok(self.ns.conflicting_lock(ino, lock)?)
     }

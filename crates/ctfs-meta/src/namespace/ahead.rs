@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use ctfs_types::{FileKind, Holder, Incarnation, Ino, RequestId};
+use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, RequestId};
 
 use super::{
     Apply, Namespace, Totals, keys,
@@ -21,7 +21,7 @@ use super::{
     txn::{Fail, Txn},
     view::{View, Written},
 };
-use crate::{Batch, Change, Command, MetaError, NewContent, Op, Reply, StoreError};
+use crate::{Batch, Change, Command, MetaError, NewContent, Op, Reply, SetAttr, StoreError};
 
 /// How a command fared that this server wanted to happen at once.
 #[derive(Debug, PartialEq, Eq)]
@@ -44,8 +44,10 @@ pub struct Layer {
     next: u64,
     /// Who did all of it.
     holder: Option<Holder>,
-    /// Directories that are being given up: nothing more happens there.
-    closed: BTreeSet<Ino>,
+    /// Directories that are being given up, each with how often: nothing more happens there.
+    closed: BTreeMap<Ino, u32>,
+    /// Files made ahead of the log since a directory was given up last: nobody else can have seen them.
+    born: BTreeSet<Ino>,
     /// Inodes that commands of this server are about that go through the log now, each with how many.
     /// What happened to them here meanwhile would hide what the log makes of them.
     on_the_way: BTreeMap<Ino, u32>,
@@ -73,7 +75,7 @@ impl Layer {
     }
 
     pub fn is_closed(&self, dir: Ino) -> bool {
-        self.closed.contains(&dir)
+        self.closed.contains_key(&dir)
     }
 
     pub fn is_on_the_way(&self, ino: Ino) -> bool {
@@ -126,7 +128,7 @@ impl Namespace {
     /// The store failed; nothing happened.
     pub fn apply_ahead(&mut self, command: &mut Command, holder: Holder) -> Result<Ahead, StoreError> {
         let is_idle = self.counters.delegated == 0 && self.layer.len() == 0;
-        if is_idle || !Self::can_be_ahead(&command.op) || self.layer.len() >= AHEAD_MAX || !self.complete(command, holder)? {
+        if is_idle || !Self::can_be_ahead(&command.op) || self.layer.len() >= AHEAD_MAX || self.tells_nobody(&command.op, holder)? || !self.complete(command, holder)? {
             return Ok(Ahead::NotAlone);
         }
         let mut txn = Txn::new(View::ahead(&*self.store, &self.layer.records, &self.layer.sums));
@@ -150,6 +152,11 @@ impl Namespace {
         }
         match outcome {
             Ok(reply) => {
+                if let (Op::Make { .. }, Reply::Entry { attr, made: true }) = (&command.op, &reply)
+                    && self.layer.born.len() < BORN_MAX
+                {
+                    self.layer.born.insert(attr.ino);
+                }
                 let changes = txn.keep();
                 let (batch, added) = txn.written_and_added();
                 self.layer.holder = Some(holder);
@@ -159,6 +166,21 @@ impl Namespace {
             Err(Fail::Verdict(verdict)) => Ok(Ahead::Refused(verdict)),
             Err(Fail::Store(error)) => Err(error),
         }
+    }
+
+    /// Whether the command changes bytes, or announces that they will be, of a file of which other servers'
+    /// kernels may keep pages: those are told by the log when the file is taken.
+    fn tells_nobody(&self, op: &Op, holder: Holder) -> Result<bool, StoreError> {
+        let (ino, by_taking) = match op {
+            Op::Own { ino, .. } => (*ino, true),
+            Op::Write { ino, .. } | Op::SetAttr { ino, set: SetAttr { size: Some(_), .. } } => (*ino, false),
+            _ => return Ok(false),
+        };
+        if self.layer.born.contains(&ino) {
+            return Ok(false);
+        }
+        let is_taken = matches!(self.attr(ino)?.map(|attr| attr.usage), Some(FileUse::Owned { holder: by, .. }) if by == holder);
+        Ok(by_taking || !is_taken)
     }
 
     /// Answers whether there was a number for what is made.
@@ -197,14 +219,12 @@ impl Namespace {
 
     /// The log has that command, or never will.
     pub fn has_landed(&mut self, inos: &[Ino]) {
-        for ino in inos {
-            if let Some(count) = self.layer.on_the_way.get_mut(ino) {
-                *count -= 1;
-                if *count == 0 {
-                    self.layer.on_the_way.remove(ino);
-                }
-            }
-        }
+        count_down(&mut self.layer.on_the_way, inos);
+    }
+
+    /// Whether a command about the inode is on its way through the log.
+    pub fn is_on_the_way(&self, ino: Ino) -> bool {
+        self.layer.is_on_the_way(ino)
     }
 
     /// Inodes whose records the command may change.
@@ -260,12 +280,15 @@ impl Namespace {
     /// From here on nothing happens ahead of the log by these directories, which are about to be given
     /// up: what they cover goes through the log.
     pub fn close_ahead(&mut self, dirs: &[Ino]) {
-        self.layer.closed.extend(dirs);
+        for dir in dirs {
+            *self.layer.closed.entry(*dir).or_default() += 1;
+        }
+        self.layer.born.clear();
     }
 
     /// They are given up, or taken anew, or known not to be given up.
     pub fn open_ahead(&mut self, dirs: &[Ino]) {
-        self.layer.closed.retain(|dir| !dirs.contains(dir));
+        count_down(&mut self.layer.closed, dirs);
     }
 
     /// This state takes the place of `old`, at the same or a later index: what was ahead of that one, and
@@ -274,16 +297,17 @@ impl Namespace {
     /// # Errors
     /// The store failed.
     pub fn take_ahead_of(&mut self, old: &mut Namespace) -> Result<Vec<RequestId>, StoreError> {
-        let layer = std::mem::take(&mut old.layer);
-        self.layer.closed = layer.closed;
-        self.layer.on_the_way = layer.on_the_way;
+        let Layer { waiting, holder, closed, on_the_way, born, .. } = std::mem::take(&mut old.layer);
+        self.layer.born = born;
         let mut lost = Vec::new();
-        let Some(holder) = layer.holder else { return Ok(lost) };
-        for Waiting { mut command, .. } in layer.waiting {
+        for Waiting { mut command, .. } in waiting {
+            let Some(holder) = holder else { break };
             if !self.is_answered(command.request)? && !matches!(self.apply_ahead(&mut command, holder)?, Ahead::Happened { .. }) {
                 lost.push(command.request);
             }
         }
+        // Only now: these had happened before anything was closed or set out.
+        (self.layer.closed, self.layer.on_the_way) = (closed, on_the_way);
         Ok(lost)
     }
 
@@ -321,9 +345,22 @@ impl Namespace {
     }
 }
 
+/// Files that are remembered to be new; the bytes of others are changed through the log at first.
+const BORN_MAX: usize = 1 << 20;
 /// Commands that may be ahead of the log at once: some tens of megabytes, and about a second of work
 /// for those who apply them.
 pub const AHEAD_MAX: usize = 16384;
+
+fn count_down(counts: &mut BTreeMap<Ino, u32>, inos: &[Ino]) {
+    for ino in inos {
+        if let Some(count) = counts.get_mut(ino) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(ino);
+            }
+        }
+    }
+}
 
 fn store_only(fail: Fail) -> StoreError {
     match fail {

@@ -18,7 +18,7 @@ use super::{
     records::Inode,
     txn::Outcome,
 };
-use crate::{MetaError, Op, StoreError};
+use crate::{Change, MetaError, Op, StoreError};
 
 /// To whom a record belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +99,35 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
+    /// Tells of files that another server may change ahead of the log from here on, because the directory
+    /// that has their only name is held: given up, moved there, or with one name less.
+    pub(super) fn tell_newly_covered(&mut self) -> Outcome<()> {
+        if self.counters.delegated == 0 {
+            return Ok(());
+        }
+        for ino in self.txn.touched() {
+            let after = self.cover_now(ino)?;
+            if after.is_some_and(|(dir, _)| dir != ino) && after != self.cover_before(ino)? {
+                self.changed(Change::Covered { ino });
+            }
+        }
+        Ok(())
+    }
+
+    fn cover_now(&mut self, ino: Ino) -> Outcome<Cover> {
+        let txn = std::cell::RefCell::new(&mut *self.txn);
+        let found = cover(
+            ino,
+            |ino| txn.borrow_mut().peek(&keys::inode(ino)),
+            |ino| {
+                let (from, to) = keys::under(keys::LINK, &[ino.0]);
+                let first = txn.borrow().peek_scan(&from, &to, 1)?;
+                Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
+            },
+        );
+        Ok(found?)
+    }
+
     /// Whose holdings have ended is not asked.
     fn ends_lives(op: &Op) -> bool {
         matches!(op, Op::Join { .. } | Op::Incarnate { .. } | Op::Fence { .. } | Op::RemoveMember { .. })
@@ -111,7 +140,9 @@ impl Apply<'_, '_> {
         }
         for ino in self.txn.touched() {
             let is_new = self.txn.before::<Inode>(&keys::inode(ino))?.is_none();
-            let is_mine = |(dir, by): (Ino, Holder)| by == holder && !layer.is_closed(dir);
+            // A holding counts when its command was answered: every leased server knows of it then, and
+            // has dropped what it kept.
+            let is_mine = |(dir, by): (Ino, Holder)| by == holder && !layer.is_closed(dir) && !layer.is_on_the_way(dir);
             if layer.is_on_the_way(ino) || !is_new && !self.cover_before(ino)?.is_some_and(is_mine) {
                 return Ok(false);
             }

@@ -77,6 +77,16 @@ impl Apply<'_, '_> {
         Ok(Reply::Done)
     }
 
+    /// A directory without a name is held by nobody: whoever removes it must not wait for its holder.
+    pub(super) fn end_holding(&mut self, ino: Ino, inode: &mut Inode) {
+        if let (true, FileUse::Owned { holder, .. }) = (inode.is_dir(), inode.usage) {
+            self.txn.delete(keys::owned(holder, ino));
+            self.counters.delegated -= 1;
+            inode.usage = FileUse::Free;
+            self.changed(Change::Usage { ino });
+        }
+    }
+
     fn put_disowned(&mut self, ino: Ino, mut inode: Inode, holder: Holder, shared: bool) {
         self.txn.delete(keys::owned(holder, ino));
         self.counters.delegated -= u64::from(inode.is_dir());

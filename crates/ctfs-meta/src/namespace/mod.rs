@@ -311,6 +311,7 @@ fn run(
     let outcome = apply.dispatch(&command.op).and_then(|reply| {
         apply.keep_quotas(&command.op)?;
         apply.may_touch(&command.op)?;
+        apply.tell_newly_covered()?;
         Ok(reply)
     });
     let verdict = match outcome {

@@ -266,6 +266,7 @@ impl Apply<'_, '_> {
         self.unhook(parent, name, ino, true)?;
         let mut inode = self.inode(ino)?;
         inode.nlink = if inode.is_dir() { 0 } else { inode.nlink - 1 };
+        self.end_holding(ino, &mut inode);
         self.put_quota(ino, &mut inode, Quota::default());
         self.put_inode(ino, &inode);
         if inode.nlink == 0 {

@@ -179,6 +179,11 @@ impl<'a> Txn<'a> {
         self.found(&[&self.entry, &self.command], from, to, limit)
     }
 
+    /// The same, not noted as touched.
+    pub fn peek_scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+        self.found(&[&self.entry, &self.command], from, to, limit)
+    }
+
     /// The same as they were before this command.
     pub fn scan_before(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         self.found(&[&self.entry], from, to, limit)
