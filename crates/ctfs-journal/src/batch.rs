@@ -15,8 +15,8 @@ use crate::{Position, RECORD_BYTES_MAX, Record, copies::Refusal};
 
 const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 21;
-/// Longest batch as it travels. A sender stays below with any one record and a window of its own.
-pub const BATCH_BYTES_MAX: usize = 16 << 20;
+/// Longest batch as it travels: what one transfer of the network takes. A stream sends half of it.
+pub const BATCH_BYTES_MAX: usize = 8 << 20;
 /// Most records of a batch: with more, what is kept for each weighs more than what they carry.
 pub const BATCH_RECORDS_MAX: usize = 1 << 16;
 /// Longest answer.

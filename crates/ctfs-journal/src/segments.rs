@@ -342,7 +342,7 @@ impl SegmentReader {
             let segments = self.segments.lock();
             let at = segments.partition_point(|segment| segment.first <= from.0);
             let Some(segment) = at.checked_sub(1).map(|at| &segments[at]) else {
-                return Err(JournalError::Trimmed { upto: self.gone(&segments) });
+                return Err(JournalError::Trimmed { upto: gone(&segments) });
             };
             let Some(&start) = segment.offsets.get((from.0 - segment.first) as usize) else {
                 return Ok(Vec::new());
@@ -360,39 +360,39 @@ impl SegmentReader {
         let mut bytes = vec![0; bytes as usize];
         let count = file.read_at(&mut bytes, start.into()).map_err(|source| JournalError::io("read", &path, source))?;
         bytes.truncate(count);
-        self.parse(Bytes::from(bytes), salt, from, start).or_else(|offset| {
+        parse(Bytes::from(bytes), salt, from, start).map_err(|offset| {
             // The file may have been given to a new segment meanwhile.
             let segments = self.segments.lock();
             if segments.iter().any(|segment| segment.salt == salt && segment.path == path) {
-                Err(JournalError::damaged(&path, offset, "a frame that had been intact is not"))
+                JournalError::damaged(&path, offset, "a frame that had been intact is not")
             } else {
-                Err(JournalError::Trimmed { upto: self.gone(&segments) })
+                JournalError::Trimmed { upto: gone(&segments) }
             }
         })
     }
+}
 
-    /// The records in `bytes`, which were at `start` in their file; or where they stop making sense.
-    fn parse(&self, bytes: Bytes, salt: u32, from: Position, start: u32) -> Result<Vec<Record>, usize> {
-        let mut records = Vec::new();
-        let mut at = 0;
-        let mut position = from;
-        while at < bytes.len() || records.is_empty() {
-            match frame::read(salt, &bytes[at..]) {
-                Some((header, payload)) if header.position == position => {
-                    records.push(Record { position, payload: bytes.slice_ref(payload) });
-                    at += frame::frame_bytes(payload);
-                    position = position.next();
-                }
-                _ => return Err(start as usize + at),
+/// The records in `bytes`, which were at `start` in their file; or where they stop making sense.
+fn parse(bytes: Bytes, salt: u32, from: Position, start: u32) -> Result<Vec<Record>, usize> {
+    let mut records = Vec::new();
+    let mut at = 0;
+    let mut position = from;
+    while at < bytes.len() || records.is_empty() {
+        match frame::read(salt, &bytes[at..]) {
+            Some((header, payload)) if header.position == position => {
+                records.push(Record { position, payload: bytes.slice_ref(payload) });
+                at += frame::frame_bytes(payload);
+                position = position.next();
             }
+            _ => return Err(start as usize + at),
         }
-        Ok(records)
     }
+    Ok(records)
+}
 
-    /// The last record before the first that is in a file.
-    fn gone(&self, segments: &VecDeque<Segment>) -> Position {
-        segments.front().map_or(Position(u64::MAX), |segment| Position(segment.first).before())
-    }
+/// The last record before the first that is in a file.
+fn gone(segments: &VecDeque<Segment>) -> Position {
+    segments.front().map_or(Position(u64::MAX), |segment| Position(segment.first).before())
 }
 
 /// Whether something was refused for lack of room, and nothing else is wrong.
