@@ -120,6 +120,9 @@ impl Request {
     }
 
     fn set_out(&self, op: &Op) -> Result<(), ProposeError> {
+        if !self.core.settings.acts_ahead {
+            return Ok(());
+        }
         let mut replica = self.core.replica.write();
         match replica.sets_out(op) {
             Ok(inos) => {

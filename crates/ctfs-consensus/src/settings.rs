@@ -18,6 +18,8 @@ pub struct Settings {
     pub timings: Timings,
     pub limits: Limits,
     pub storage: StorageSettings,
+    /// Whether this server may act ahead of the log where it alone may change something.
+    pub acts_ahead: bool,
 }
 
 impl Settings {
@@ -30,6 +32,7 @@ impl Settings {
             timings: Timings::default(),
             limits: Limits::default(),
             storage: StorageSettings::default(),
+            acts_ahead: false,
         }
     }
 }

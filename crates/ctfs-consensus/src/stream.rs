@@ -28,7 +28,7 @@ use tokio::{
 use crate::{
     core::Core,
     error::ProposeError,
-    proposer::{Outcome, encoded_bytes},
+    proposer::Outcome,
     replay::encode_record,
 };
 
@@ -49,6 +49,7 @@ const NUMBERS_LOW: u64 = 4096;
 const NUMBERS_AT_ONCE: u32 = 16384;
 
 /// What happened here and is not in the log yet.
+#[derive(Default)]
 pub(crate) struct Stream {
     queue: Mutex<VecDeque<Queued>>,
     /// Something was queued.
@@ -79,15 +80,8 @@ struct Queued {
     position: Position,
 }
 
-impl Default for Stream {
-    fn default() -> Self {
-        Self { queue: Mutex::default(), ready: Notify::new(), happened: watch::Sender::new(0), done: watch::Sender::default(), numbers_low: Notify::new(), journal: Mutex::default() }
-    }
-}
-
 impl Stream {
-    fn push(&self, command: Command, position: Position) {
-        let bytes = encoded_bytes(&command);
+    fn push(&self, command: Command, bytes: usize, position: Position) {
         self.queue.lock().push_back(Queued { at: Instant::now(), command, bytes, position });
         self.happened.send_modify(|count| *count += 1);
         self.ready.notify_one();
@@ -165,7 +159,7 @@ impl Stream {
 impl Core {
     /// Has `op` happen at once, if this server alone may do that. `None`: it must go through the log.
     pub fn happen(&self, op: &Op) -> Option<Result<Reply, MetaError>> {
-        if self.replica.read().delegated() == 0 || !self.leased() || self.stopped().is_some() || self.health.waits() {
+        if !self.settings.acts_ahead || self.replica.read().delegated() == 0 || !self.leased() || self.stopped().is_some() || self.health.waits() {
             return None;
         }
         let journal = self.stream.journal().filter(|_| self.stream.keeps_up())?;
@@ -190,7 +184,10 @@ impl Core {
             Ok(Ahead::Happened { reply, changes }) => {
                 // Under the replica's lock: the order of the journal and of the log is that in which they
                 // happened.
-                let position = match journal.append(encode_record(&command).into()) {
+                let record = encode_record(&command);
+                // But for the version byte these are the bytes that the log takes.
+                let bytes = record.len();
+                let position = match journal.append(record.into()) {
                     Ok(position) => position,
                     Err(error) => {
                         tracing::error!(%error, "what happens here is not written down; from here on nothing does");
@@ -198,7 +195,7 @@ impl Core {
                         Position::NONE
                     }
                 };
-                self.stream.push(command, position);
+                self.stream.push(command, bytes, position);
                 drop(replica);
                 self.relay.happened(&changes);
                 Some(Ok(reply))

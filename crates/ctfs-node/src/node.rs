@@ -153,6 +153,7 @@ impl Node {
         let rtt = settings.rtt.or_else(|| roundtrip::remembered(&state)).unwrap_or_default();
         let mut consensus_settings = ctfs_consensus::Settings::new(state.join("meta"), id, incarnation);
         consensus_settings.timings = ctfs_consensus::Timings::for_rtt(rtt);
+        consensus_settings.acts_ahead = HOLDS_DIRECTORIES;
         let consensus = Consensus::start(consensus_settings, peers.clone(), events.clone())
             .await
             .map_err(|error| Problem::metadata(&error.to_string()))?;
