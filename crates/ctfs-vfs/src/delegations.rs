@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, time::timeout};
 use tracing::debug;
 
-use crate::{FsError, Holders, Metadata, Request};
+use crate::{FsError, Holders, Metadata, Request, content::is_over};
 
 /// Directories given up by one command.
 const GIVE_UP_MAX: usize = 512;
@@ -223,10 +223,7 @@ impl Delegations {
         match attr.usage {
             FileUse::Free => true,
             FileUse::Owned { holder, .. } => holder == me && self.state.lock().in_doubt.contains(&attr.ino),
-            FileUse::Shared { since } => {
-                let now = ctfs_types::Timestamp::from(std::time::SystemTime::now());
-                now < since || now.since(since) >= self.settings.shared_for
-            }
+            FileUse::Shared { since } => is_over(since, self.settings.shared_for),
         }
     }
 

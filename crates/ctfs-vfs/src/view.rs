@@ -29,15 +29,22 @@ impl<'a> View<'a> {
         Some(self.newest.get()).filter(|newest| newest.0 > 0)
     }
 
+    /// Whether only this server can have changed the inode, so that whoever looks at it elsewhere asks this
+    /// server first: once everybody knows that it holds the directory.
+    ///
     /// # Errors
     /// [`MetaError::Held`]: another server alone knows, because it holds the directory that is named.
-    fn look(&self, ino: Ino, subject: impl FnOnce() -> Subject) -> Result<(), FsError> {
+    fn is_known_here_alone(&self, ino: Ino) -> Result<bool, FsError> {
         match self.ns.cover(ino)? {
-            // Whoever looks at it elsewhere asks this server first, once everybody knows that it holds it.
-            Some((dir, holder)) if holder == self.me && !self.ns.is_on_the_way(dir) => return Ok(()),
-            Some((_, holder)) if holder == self.me => {}
-            Some((dir, holder)) => return Err(MetaError::Held { ino: dir, holder }.into()),
-            None => {}
+            Some((dir, holder)) if holder == self.me => Ok(!self.ns.is_on_the_way(dir)),
+            Some((dir, holder)) => Err(MetaError::Held { ino: dir, holder }.into()),
+            None => Ok(false),
+        }
+    }
+
+    fn look(&self, ino: Ino, subject: impl FnOnce() -> Subject) -> Result<(), FsError> {
+        if self.is_known_here_alone(ino)? {
+            return Ok(());
         }
         if let Some((meta, _)) = self.meta
             && let Some(change) = meta.unseen_change(&subject())
@@ -115,10 +122,8 @@ impl<'a> View<'a> {
     }
 
     pub fn conflicting_lock(&self, ino: Ino, lock: &Lock) -> Read<Option<Lock>> {
-        match self.ns.cover(ino)? {
-            Some((dir, holder)) if holder == self.me && !self.ns.is_on_the_way(dir) => {}
-            Some((dir, holder)) if holder != self.me => return Err(MetaError::Held { ino: dir, holder }.into()),
-            _ => self.look_at_all(),
+        if !self.is_known_here_alone(ino)? {
+            self.look_at_all();
         }
         Ok(self.ns.conflicting_lock(ino, lock)?)
     }

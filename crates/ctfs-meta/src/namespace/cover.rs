@@ -9,6 +9,8 @@
 //! Subdirectories are held, or not, by themselves. What belongs to no inode (counts of chunks, the
 //! members) is nobody's, and a command that needs it goes through the log.
 
+use std::cell::RefCell;
+
 use ctfs_types::{FileUse, Holder, Ino};
 
 use super::{
@@ -16,7 +18,7 @@ use super::{
     ahead::Layer,
     keys,
     records::Inode,
-    txn::Outcome,
+    txn::{Outcome, Txn},
 };
 use crate::{Change, MetaError, Op, StoreError};
 
@@ -115,13 +117,27 @@ impl Apply<'_, '_> {
     }
 
     fn cover_now(&mut self, ino: Ino) -> Outcome<Cover> {
-        let txn = std::cell::RefCell::new(&mut *self.txn);
+        self.cover_in(ino, |txn, key| txn.peek(key), |txn, from, to| txn.peek_scan(from, to, 1))
+    }
+
+    /// Who covered the inode before this command.
+    pub(super) fn cover_before(&mut self, ino: Ino) -> Outcome<Cover> {
+        self.cover_in(ino, |txn, key| txn.before(key), |txn, from, to| txn.scan_before(from, to, 1))
+    }
+
+    fn cover_in(
+        &mut self,
+        ino: Ino,
+        inode: impl Fn(&mut Txn<'_>, &[u8]) -> Result<Option<Inode>, StoreError>,
+        links: impl FnOnce(&Txn<'_>, &[u8], &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError>,
+    ) -> Outcome<Cover> {
+        let txn = RefCell::new(&mut *self.txn);
         let found = cover(
             ino,
-            |ino| txn.borrow_mut().peek(&keys::inode(ino)),
+            |ino| inode(*txn.borrow_mut(), &keys::inode(ino)),
             |ino| {
                 let (from, to) = keys::under(keys::LINK, &[ino.0]);
-                let first = txn.borrow().peek_scan(&from, &to, 1)?;
+                let first = links(*txn.borrow(), &from, &to)?;
                 Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
             },
         );
@@ -148,21 +164,6 @@ impl Apply<'_, '_> {
             }
         }
         Ok(true)
-    }
-
-    /// Who covered the inode before this command.
-    pub(super) fn cover_before(&mut self, ino: Ino) -> Outcome<Cover> {
-        let txn = std::cell::RefCell::new(&mut *self.txn);
-        let found = cover(
-            ino,
-            |ino| txn.borrow_mut().before(&keys::inode(ino)),
-            |ino| {
-                let (from, to) = keys::under(keys::LINK, &[ino.0]);
-                let first = txn.borrow().scan_before(&from, &to, 1)?;
-                Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
-            },
-        );
-        Ok(found?)
     }
 
     /// Whether some directory at or below `dir` is held by anybody.

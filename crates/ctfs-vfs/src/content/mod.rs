@@ -56,6 +56,7 @@ use tokio::{
     sync::{Notify, Semaphore},
 };
 
+pub(crate) use sharing::is_over;
 pub use sharing::{PageWaits, Pages};
 
 use crate::{ChunkAccess, FsError, Holders, Metadata};

@@ -396,9 +396,9 @@ impl Shared {
     }
 }
 
-/// Whether a file that is shared since then may be taken again. A clock that jumped only makes it
+/// Whether what is shared since then may be taken again. A clock that jumped only makes it
 /// change hands sooner.
-fn is_over(since: Timestamp, shared_for: Duration) -> bool {
+pub(crate) fn is_over(since: Timestamp, shared_for: Duration) -> bool {
     let now = super::now();
     now < since || now.since(since) >= shared_for
 }
