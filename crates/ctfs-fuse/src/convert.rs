@@ -1,10 +1,11 @@
 //! Between the kernel's spelling of things and ours.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ctfs_types::{Attr, FileKind, Timestamp};
 use ctfs_vfs::{FsError, SetTime};
 use fuser::{Errno, FileAttr, FileType, Generation, INodeNo, TimeOrNow};
+use parking_lot::Mutex;
 
 /// What programs see as `st_blksize`. Larger makes some programs allocate buffers of that size.
 pub const BLOCK_BYTES: u32 = 4096;
@@ -66,9 +67,18 @@ pub fn absent() -> FileAttr {
     }
 }
 
+/// What the program is told. EIO says no more than that: why stands in the log, one a second.
 pub fn errno(error: &FsError) -> Errno {
-    Errno::from_i32(error.errno())
+    let errno = error.errno();
+    if errno == libc::EIO && LOGGED.lock().is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
+        *LOGGED.lock() = Some(Instant::now());
+        tracing::warn!(%error, "a program was told EIO");
+    }
+    Errno::from_i32(errno)
 }
+
+/// When a failure was logged last.
+static LOGGED: Mutex<Option<Instant>> = Mutex::new(None);
 
 pub fn set_time(time: TimeOrNow) -> SetTime {
     match time {
@@ -106,8 +116,6 @@ pub fn encode_dev(dev: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

@@ -346,7 +346,7 @@ impl Vfs {
         };
         let mut statfs = Statfs {
             space: self.chunks.free(),
-            files_used: totals.files + totals.directories + 1,
+            files_used: totals.inodes().saturating_add(1),
             bytes_used: totals.allocated,
         };
         let (bytes, files) = quota::tightest(&quotas);

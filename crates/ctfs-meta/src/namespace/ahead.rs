@@ -100,11 +100,9 @@ impl Layer {
             }
         }
         for (key, difference) in done.added {
-            let Some(sum) = self.sums.get_mut(&key) else { continue };
-            *sum = sum.minus(difference);
-            if *sum == Totals::default() {
-                self.sums.remove(&key);
-            }
+            // One that is not there is zero: what other commands add and take may have come to that.
+            let sum = self.sums.get(&key).copied().unwrap_or_default().minus(difference);
+            if sum == Totals::default() { self.sums.remove(&key) } else { self.sums.insert(key, sum) };
         }
         same
     }

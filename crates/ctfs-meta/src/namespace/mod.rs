@@ -112,6 +112,18 @@ impl Totals {
         self.files.saturating_add(self.directories)
     }
 
+    /// A directory that was moved in the log counts what is ahead of the log where it was: for a moment
+    /// that can be less than nothing there.
+    fn at_least_nothing(self) -> Self {
+        let at_least_nothing = |count: u64| if count > i64::MAX as u64 { 0 } else { count };
+        Self {
+            files: at_least_nothing(self.files),
+            directories: at_least_nothing(self.directories),
+            bytes: at_least_nothing(self.bytes),
+            allocated: at_least_nothing(self.allocated),
+        }
+    }
+
     fn plus(self, other: Self) -> Self {
         Self {
             files: self.files.wrapping_add(other.files),

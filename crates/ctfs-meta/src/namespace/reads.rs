@@ -207,7 +207,7 @@ impl Namespace {
     fn counted(&self, dir: Ino) -> Read<Totals> {
         let key = keys::totals(dir);
         let committed: Totals = self.record(&key)?.unwrap_or_default();
-        Ok(committed.plus(self.view().added(&key)))
+        Ok(committed.plus(self.view().added(&key)).at_least_nothing())
     }
 
     /// Inode numbers that a client has reserved and not used, in order.

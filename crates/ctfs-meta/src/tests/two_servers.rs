@@ -7,7 +7,7 @@
 //! the log answers each command as its server did, no replica's layer differs from what the log then
 //! writes, and in the end both replicas are the same and every count is right.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId, limits::INLINE_BYTES_MAX};
 
@@ -209,6 +209,13 @@ impl World {
         found
     }
 
+    /// What the server counts at the top is what it sees, also ahead of the log.
+    fn count(&self, s: usize) {
+        let inodes: BTreeSet<Ino> = self.inodes(s).into_iter().map(|(ino, _)| ino).collect();
+        let totals = self.servers[s].ns.totals(Ino::ROOT).unwrap().expect("the root is a directory");
+        assert_eq!(totals.inodes() + 1, inodes.len() as u64, "{totals:?}");
+    }
+
     fn some_op(&mut self, s: usize) -> Op {
         let all = self.inodes(s);
         let dirs: Vec<Ino> = all.iter().filter(|(_, kind)| *kind == FileKind::Directory).map(|(ino, _)| *ino).collect();
@@ -289,6 +296,7 @@ impl World {
                     self.apply(s, most);
                 }
                 3 if self.chance.below(12) == 0 => self.replace(s),
+                3 if self.chance.below(2) == 0 => self.count(s),
                 3 if self.chance.below(8) == 0 => drop(observe(&self.servers[s].ns)),
                 _ => {
                     let op = self.some_op(s);
@@ -388,4 +396,27 @@ fn when_its_life_is_ended_what_a_server_had_ahead_did_not_happen() {
     let again = world.servers[0].command(Op::Unlink { parent: Ino::ROOT, name: name("f") }, 99);
     let mut again = again;
     assert_eq!(world.servers[0].ns.apply_ahead(&mut again, holder).unwrap(), Ahead::NotAlone);
+}
+
+#[test]
+fn counts_are_right_while_the_log_takes_what_is_ahead_one_by_one() {
+    let mut world = World::new(10);
+    let holder = world.servers[0].holder();
+    world.propose(0, Op::ReserveInos { count: 1000 }).unwrap();
+    world.propose(0, Op::Own { ino: Ino::ROOT, holder, although_shared: false }).unwrap();
+    let make = || Op::Make { parent: Ino::ROOT, name: name("f"), node: node(NewContent::Fifo, 0o644) };
+    let unlink = || Op::Unlink { parent: Ino::ROOT, name: name("f") };
+    for op in [make(), unlink(), make(), unlink(), make(), unlink(), make()] {
+        world.run(0, op).unwrap();
+    }
+    for step in 0..8 {
+        world.send(0, 1);
+        world.apply(0, 1);
+        world.count(0);
+        if step == 3 {
+            world.run(0, unlink()).unwrap();
+            world.count(0);
+        }
+    }
+    assert_eq!(world.servers[0].ns.ahead(), 0);
 }
