@@ -26,7 +26,7 @@ use crate::{
     machine::StateMachine,
     messages,
     network::{QuorumClock, Transport, TransportError},
-    proposer::Ticket,
+    proposer::{Doubts, Ticket},
     raft_types::{TypeConfig, log_index, log_index_of, node_id, raft_node},
     relay::Relay,
     settings::{Settings, Timings},
@@ -136,6 +136,7 @@ pub(crate) struct Core {
     pub numbers: Mutex<Numbers>,
     /// What happened here before it is in the log.
     pub stream: Stream,
+    pub doubts: Doubts,
     /// One change of membership at a time.
     pub changing: tokio::sync::Mutex<()>,
 }

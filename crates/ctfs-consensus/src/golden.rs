@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use ctfs_meta::{Command, Op, Reply};
+use ctfs_meta::{About, Command, Op, Reply};
 use ctfs_types::{Incarnation, LogIndex, RequestId, Timestamp, codec};
 use openraft::{
     CommittedLeaderId, EmptyNode, Entry, EntryPayload, Membership, SnapshotMeta, Vote,
@@ -38,7 +38,7 @@ fn id(index: u64) -> RaftLogId {
 
 fn command() -> Command {
     let request = RequestId { client: 1 << 40, seq: 300 };
-    Command { request, answered: 299, at: Timestamp::new(1_000_000, 5), op: Op::Noop }
+    Command { request, answered: 299, at: Timestamp::new(1_000_000, 5), about: About::Ahead, op: Op::Noop }
 }
 
 fn membership() -> RaftMembership {
@@ -137,7 +137,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_2() {
+fn the_encoded_bytes_are_those_of_version_3() {
     let hex = |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() };
     let records = on_disk().into_iter().chain(messages());
     let text: String = records.map(|(name, bytes)| format!("{name}: {}\n", hex(&bytes))).collect();

@@ -14,13 +14,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use ctfs_meta::{Command, MetaError, Op, Reply};
+use ctfs_meta::{About, Command, MetaError, Op, Reply};
 use ctfs_types::{Ino, NodeId, RequestId, Timestamp, codec};
 use openraft::error::ClientWriteError;
 use parking_lot::Mutex;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::{Instant, timeout_at},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
@@ -34,6 +34,9 @@ use crate::{
 
 /// Beyond a lease, what a change may take at the leader before a follower asks again.
 const FORWARD_SLACK: Duration = Duration::from_millis(1500);
+
+/// Before it is asked again what became of a request.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Commands that wait for their answer. They are in the log together, or none of them is.
 pub(crate) struct Ticket {
@@ -87,9 +90,63 @@ pub struct Request {
 
 impl Drop for Request {
     fn drop(&mut self) {
-        if let Some((request, _)) = *self.number.get_mut() {
+        let inos = std::mem::take(self.on_the_way.get_mut());
+        let number = *self.number.get_mut();
+        if !inos.is_empty() {
+            // Its caller got no answer, or went away.
+            let sent = number.filter(|_| !*self.once.get_mut());
+            self.core.doubts.add(Doubt { sent, inos });
+            if sent.is_some() {
+                return;
+            }
+        }
+        if let Some((request, _)) = number {
             self.core.numbers.lock().done(request.seq, *self.once.get_mut(), Instant::now());
         }
+    }
+}
+
+/// Requests that nobody asks for any more and whose commands may still come to the log.
+#[derive(Default)]
+pub(crate) struct Doubts {
+    open: Mutex<Vec<Doubt>>,
+    added: Notify,
+}
+
+struct Doubt {
+    /// What may come. `None`: nothing was sent.
+    sent: Option<(RequestId, u64)>,
+    inos: Vec<Ino>,
+}
+
+impl Doubts {
+    fn add(&self, doubt: Doubt) {
+        self.open.lock().push(doubt);
+        self.added.notify_one();
+    }
+}
+
+/// Makes sure that what was given up does not happen any more, or has: only then may what it is about be
+/// changed ahead of the log again.
+pub(crate) async fn end_doubts(core: Arc<Core>) {
+    loop {
+        let Some(Doubt { sent, inos }) = core.doubts.open.lock().pop() else {
+            core.doubts.added.notified().await;
+            continue;
+        };
+        if sent.is_some() {
+            let request = Request::new(core.clone());
+            *request.number.lock() = sent;
+            request.once.store(false, Relaxed);
+            while let Err(error) = request.propose(Op::Noop).await {
+                if core.stopped().is_some() {
+                    return;
+                }
+                tracing::debug!(%error, "whether a request that was given up happened is not known yet");
+                sleep(ASK_AGAIN).await;
+            }
+        }
+        core.replica.write().has_landed(&inos);
     }
 }
 
@@ -153,7 +210,7 @@ impl Request {
             let (seq, answered) = core.numbers.lock().take(started);
             (RequestId { client: core.incarnation().0, seq }, answered)
         });
-        let command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op };
+        let command = Command { request, answered, at: Timestamp::from(SystemTime::now()), about: About::Inodes(self.on_the_way.lock().clone()), op };
         let bytes = encoded_bytes(&command);
         if bytes > COMMAND_BYTES_MAX {
             return Err(ProposeError::TooLarge { bytes, max: COMMAND_BYTES_MAX });

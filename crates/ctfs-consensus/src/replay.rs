@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Version byte of a command in the journal.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Before commands are sent again that found no answer.
 const TRY_AGAIN: std::time::Duration = std::time::Duration::from_millis(50);
 

@@ -29,7 +29,7 @@ use crate::{
     messages::{self, AwaitVisible, Forward, ReadIndex, Renew, service},
     network::{PeerNetwork, QuorumClock, Transport, encode_result},
     observer::Observer,
-    proposer::{self, Request},
+    proposer::{self, Doubts, Request},
     raft_types::{TypeConfig, raft_node},
     relay::Relay,
     replay::Replayed,
@@ -112,6 +112,7 @@ impl Consensus {
             places: Arc::new(Semaphore::new(queued)),
             numbers: Mutex::new(Numbers::default()),
             stream: Stream::default(),
+            doubts: Doubts::default(),
             changing: tokio::sync::Mutex::new(()),
             settings,
         });
@@ -131,6 +132,7 @@ impl Consensus {
             spawn(proposer::forward(core.clone(), outbox_queue)),
             spawn(stream::run(core.clone())),
             spawn(stream::reserve_numbers(core.clone())),
+            spawn(proposer::end_doubts(core.clone())),
         ];
         Ok(Self { core, tasks: Arc::new(Tasks(Mutex::new(tasks))) })
     }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use ctfs_journal::{Journal, Position};
-use ctfs_meta::{Ahead, Command, MetaError, Namespace, Op, Reply};
+use ctfs_meta::{About, Ahead, Command, MetaError, Namespace, Op, Reply};
 use ctfs_types::{Holder, RequestId, Timestamp};
 use parking_lot::Mutex;
 use tokio::{
@@ -174,7 +174,7 @@ impl Core {
             numbers.take(now)
         };
         let request = RequestId { client: holder.incarnation.0, seq };
-        let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), op: op.clone() };
+        let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), about: About::Ahead, op: op.clone() };
         let unused = || self.numbers.lock().done(seq, true, now);
         let outcome = replica.apply_ahead(&mut command, holder);
         if matches!(op, Op::Make { .. }) && numbers_left(&replica, request.client) < NUMBERS_LOW {
@@ -196,9 +196,12 @@ impl Core {
                     }
                 };
                 self.stream.push(command, bytes, position);
+                // A lease that still holds: nobody else can have changed any of it before it happened. After a
+                // pause it may not, and others may know better.
+                let is_sure = self.leased();
                 drop(replica);
                 self.relay.happened(&changes);
-                Some(Ok(reply))
+                Some(if is_sure { Ok(reply) } else { Err(MetaError::StaleIncarnation) })
             }
             Ok(Ahead::Refused(why)) => {
                 unused();

@@ -20,7 +20,19 @@ pub struct Command {
     pub answered: u64,
     /// The proposer's clock: becomes ctime, mtime and friends.
     pub at: Timestamp,
+    pub about: About,
     pub op: Op,
+}
+
+/// How a command stands to what its server has happen ahead of the log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum About {
+    /// It happened there first, after all that the same server sent before.
+    Ahead,
+    /// It comes to the log first. Until it is there nothing happens ahead of the log to these inodes, as far
+    /// as its server knew what it is about; the log refuses it when it touches more of what that server
+    /// alone may change.
+    Inodes(Vec<Ino>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -20,6 +20,7 @@ pub mod store;
 mod tests;
 
 pub use command::{
+    About,
     Cell, CellWrite, Change, ClusterIdentity, Command, EffectivePolicy, Lock, LockKind, LockOwner, NewContent, NewNode,
     INOS_RESERVED_MAX, Op, RenameMode, Reply, SetAttr, Subject, XattrMode,
 };

@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering;
 
-use ctfs_meta::{Command, Op};
+use ctfs_meta::{About, Command, Op};
 use ctfs_types::{RequestId, Timestamp};
 use openraft::{CommittedLeaderId, EntryPayload, storage::RaftLogStorageExt};
 use proptest::prelude::*;
@@ -18,6 +18,7 @@ fn entry(term: u64, index: u64, weight: usize) -> RaftEntry {
         request: RequestId { client: 1, seq },
         answered: 0,
         at: Timestamp::default(),
+        about: About::Ahead,
         op: Op::Noop,
     };
     let commands = (0..weight as u64).map(command).collect();
@@ -490,7 +491,7 @@ fn an_entry_of_an_older_version_is_refused_by_name() {
         frame::write(&mut old, salt, whole.id, whole.synced, &payload);
         std::fs::write(&path, old).unwrap();
         let refused = open(dir.path()).try_get_log_entries(..).await.unwrap_err().to_string();
-        assert!(refused.contains("record has version 1, this program reads version 2"), "{refused}");
+        assert!(refused.contains("record has version 1, this program reads version 3"), "{refused}");
     });
 }
 

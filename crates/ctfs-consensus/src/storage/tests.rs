@@ -1,6 +1,6 @@
 use std::{collections::BTreeSet, fs, io::Write};
 
-use ctfs_meta::{Change, Command, NewContent, NewNode, Op};
+use ctfs_meta::{About, Change, Command, NewContent, NewNode, Op};
 use ctfs_types::{FileName, Ino, RequestId, Timestamp};
 use openraft::{
     CommittedLeaderId, EntryPayload, Membership, RaftSnapshotBuilder,
@@ -55,7 +55,7 @@ fn id(index: u64) -> RaftLogId {
 }
 
 fn command(seq: u64, op: Op) -> Command {
-    Command { request: RequestId { client: 1, seq }, answered: 0, at: Timestamp::default(), op }
+    Command { request: RequestId { client: 1, seq }, answered: 0, at: Timestamp::default(), about: About::Ahead, op }
 }
 
 fn make(seq: u64, name: &str) -> Command {

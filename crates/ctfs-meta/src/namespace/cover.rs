@@ -20,7 +20,7 @@ use super::{
     records::Inode,
     txn::{Outcome, Txn},
 };
-use crate::{Change, MetaError, Op, StoreError};
+use crate::{About, Change, Command, MetaError, Op, StoreError};
 
 /// To whom a record belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,15 +86,19 @@ fn holder(usage: FileUse) -> Option<Holder> {
 }
 
 impl Apply<'_, '_> {
-    /// Refuses a command that touched what another server alone may change.
-    pub(super) fn may_touch(&mut self, op: &Op) -> Outcome<()> {
-        if self.counters.delegated == 0 || Self::ends_lives(op) {
+    /// Refuses a command that touched what another server alone may change, or what its own may without
+    /// knowing that this command is on its way to it.
+    pub(super) fn may_touch(&mut self, command: &Command) -> Outcome<()> {
+        if Self::ends_lives(&command.op) {
             return Ok(());
         }
         for ino in self.txn.touched() {
-            if let Some((dir, holder)) = self.cover_before(ino)?
-                && holder.incarnation.0 != self.request.client
-            {
+            let Some((dir, holder)) = self.cover_before(ino)? else { continue };
+            let is_known = match &command.about {
+                About::Ahead => true,
+                About::Inodes(inos) => inos.contains(&ino) || inos.contains(&dir),
+            };
+            if holder.incarnation.0 != self.request.client || !is_known {
                 return Err(MetaError::Held { ino: dir, holder }.into());
             }
         }

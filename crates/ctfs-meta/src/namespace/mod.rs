@@ -322,7 +322,10 @@ fn run(
     let mut apply = Apply { txn, counters, request, at: command.at, freed_max, counted: BTreeMap::new() };
     let outcome = apply.dispatch(&command.op).and_then(|reply| {
         apply.keep_quotas(&command.op)?;
-        apply.may_touch(&command.op)?;
+        // Also when it removed the last directory that is held.
+        if before.delegated > 0 {
+            apply.may_touch(command)?;
+        }
         apply.tell_newly_covered()?;
         Ok(reply)
     });

@@ -10,7 +10,7 @@ use super::{
     model::Model,
     steps::{Step, resolve, steps},
 };
-use crate::{Batch, Command, Op};
+use crate::{About, Batch, Command, Op};
 
 /// The commands a workload makes when each is an entry of its own, and their verdicts.
 fn record(steps: &[Step]) -> (Volume, Vec<Command>, Vec<Verdict>) {
@@ -24,7 +24,7 @@ fn record_over(mut volume: Volume, steps: &[Step]) -> (Volume, Vec<Command>, Vec
         let op = resolve(&model, *step);
         let seq = number as u64 + 1;
         let request = RequestId { client: CLIENT, seq };
-        let command = Command { request, answered: seq - 1, at: time(seq), op };
+        let command = Command { request, answered: seq - 1, at: time(seq), about: About::Ahead, op };
         verdicts.extend(volume.apply(std::slice::from_ref(&command)));
         // Its verdict is compared elsewhere; here it only steers the workload.
         let _ = model.run(&command.op, command.at, seq);

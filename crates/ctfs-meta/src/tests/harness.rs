@@ -13,7 +13,7 @@ use ctfs_types::{Attr, ChunkId, ExtentData, FileName, Incarnation, Ino, NodeId, 
 use parking_lot::Mutex;
 
 use crate::{
-    Batch, CellWrite, Change, ClusterIdentity, Command, Lock, LockKind, LockOwner, Member, MemberState, MemoryStore,
+    About, Batch, CellWrite, Change, ClusterIdentity, Command, Lock, LockKind, LockOwner, Member, MemberState, MemoryStore,
     MetaError, Namespace, NewContent, NewNode, Op, RenameMode, Reply, SetAttr, Store, StoreError, TokenRecord,
     XattrMode,
 };
@@ -80,7 +80,7 @@ impl Volume {
     pub fn command(&mut self, op: Op) -> Command {
         self.ticks += 1;
         let request = RequestId { client: CLIENT, seq: self.ticks };
-        Command { request, answered: self.ticks - 1, at: self.now(), op }
+        Command { request, answered: self.ticks - 1, at: self.now(), about: About::Ahead, op }
     }
 
     /// One command in an entry of its own.

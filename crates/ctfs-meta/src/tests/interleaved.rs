@@ -16,7 +16,7 @@ use super::{
     observe::observe,
     steps::{Action, Step, resolve, steps},
 };
-use crate::{Batch, Command, Namespace, Op, Reply, Totals};
+use crate::{About, Batch, Command, Namespace, Op, Reply, Totals};
 
 type Records = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -105,7 +105,7 @@ impl Place {
                 if !matches!(op, Op::FreeCells { .. }) {
                     let _ = model.run(&op, time(seq), seq);
                 }
-                commands.push(Command { request, answered: seq - 1, at: time(seq), op: self.op(op, next) });
+                commands.push(Command { request, answered: seq - 1, at: time(seq), about: About::Ahead, op: self.op(op, next) });
             }
         }
         commands
@@ -118,7 +118,7 @@ fn places() -> (Volume, [Place; 2]) {
     let dirs = ["one", "other"].map(|text| volume.dir(Ino::ROOT, text));
     let places = [(CLIENT + 10, dirs[0]), (CLIENT + 20, dirs[1])].map(|(client, dir)| {
         let request = RequestId { client, seq: 1 };
-        let command = Command { request, answered: 0, at: time(1), op: Op::ReserveInos { count: NUMBERS } };
+        let command = Command { request, answered: 0, at: time(1), about: About::Ahead, op: Op::ReserveInos { count: NUMBERS } };
         match volume.apply(&[command]).remove(0) {
             Ok(Reply::Inos { first, count: NUMBERS }) => Place { client, dir, first: first.0 },
             other => panic!("{other:?}"),

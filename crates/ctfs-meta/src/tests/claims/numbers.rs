@@ -11,7 +11,7 @@ const LIFE: u64 = 1;
 
 /// Runs a command of a client, which counts its requests itself.
 fn run(volume: &mut Volume, client: u64, seq: u64, op: Op) -> Verdict {
-    let command = Command { request: RequestId { client, seq }, answered: seq - 1, at: time(seq), op };
+    let command = Command { request: RequestId { client, seq }, answered: seq - 1, at: time(seq), about: crate::About::Ahead, op };
     volume.apply(&[command]).remove(0)
 }
 

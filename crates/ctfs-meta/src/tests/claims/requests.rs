@@ -15,7 +15,7 @@ fn make(text: &str) -> Op {
 }
 
 fn command(client: u64, seq: u64, answered: u64, op: Op) -> Command {
-    Command { request: RequestId { client, seq }, answered, at: time(seq), op }
+    Command { request: RequestId { client, seq }, answered, at: time(seq), about: crate::About::Ahead, op }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, TierSettings};
 use ctfs_meta::{
-    Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace, Subject,
+    About, Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace, Subject,
 };
 use ctfs_types::{LogIndex, 
     Attr, CellSize, ChunkId, ExtentData, FileName, Holder, Incarnation, Ino, NodeId, RequestId, Stamp, Timestamp,
@@ -101,7 +101,7 @@ impl Cluster {
     fn command(&self, seq: u64, op: Op) -> Command {
         let at = Timestamp::new(1_000_000 + seq as i64, 0);
         // Nobody says that verdicts may be forgotten: what is in doubt is asked for much later.
-        Command { request: RequestId { client: 1, seq }, answered: 0, at, op }
+        Command { request: RequestId { client: 1, seq }, answered: 0, at, about: About::Ahead, op }
     }
 
     /// Applies what was held back on its way, as a leader does that is back with its log.

@@ -17,7 +17,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{CacheTier, TierSettings};
-use ctfs_meta::{Ahead, Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace, Subject};
+use ctfs_meta::{About, Ahead, Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace, Subject};
 use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId};
 use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport, Vfs, VfsSettings};
 use parking_lot::{Mutex, RwLock};
@@ -223,7 +223,7 @@ impl Metadata for MemoryMeta {
         let mut order = self.cluster.order.lock();
         let mut replica = self.cluster.replica.write();
         let request = RequestId { client: self.incarnation().0, seq };
-        let mut command = Command { request, answered: 0, at: std::time::SystemTime::now().into(), op: op.clone() };
+        let mut command = Command { request, answered: 0, at: std::time::SystemTime::now().into(), about: About::Ahead, op: op.clone() };
         match replica.apply_ahead(&mut command, self.holder()).unwrap() {
             Ahead::NotAlone => None,
             Ahead::Refused(why) => Some(Err(why.into())),
@@ -308,6 +308,7 @@ impl MemoryMeta {
                 request: RequestId { client: self.incarnation().0, seq },
                 answered: 0,
                 at: std::time::SystemTime::now().into(),
+                about: About::Ahead,
                 op,
             };
             let index = LogIndex(*order);
