@@ -1,5 +1,6 @@
 //! Claims about several servers at work together.
 
+mod ahead;
 mod cluster;
 mod health;
 

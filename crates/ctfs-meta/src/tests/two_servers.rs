@@ -464,3 +464,22 @@ fn counts_are_right_while_the_log_takes_what_is_ahead_one_by_one() {
     }
     assert_eq!(world.servers[0].ns.ahead(), 0);
 }
+
+#[test]
+fn a_file_that_comes_under_a_holding_is_told_of_and_one_that_is_made_there_is_not() {
+    let mut world = World::new(13);
+    let holder = world.servers[0].holder();
+    world.propose(0, Op::ReserveInos { count: 1000 }).unwrap();
+    world.propose(0, Op::Own { ino: Ino::ROOT, holder, although_shared: false }).unwrap();
+    let mut told = |world: &mut World, op: Op| {
+        let command = world.servers[0].command(About::Ahead, op, 1);
+        let at = world.servers[0].ns.applied().next();
+        let applied = world.servers[0].ns.apply(at, &[command], Batch::new()).unwrap();
+        assert!(applied.verdicts[0].is_ok(), "{:?}", applied.verdicts);
+        applied.changes.iter().filter(|(_, change)| matches!(change, crate::Change::Covered { .. })).count()
+    };
+    assert_eq!(told(&mut world, Op::Make { parent: Ino::ROOT, name: name("f"), node: node(NewContent::File, 0o644) }), 0);
+    let file = world.servers[0].ns.lookup(Ino::ROOT, &name("f")).unwrap().unwrap();
+    assert_eq!(told(&mut world, Op::Link { ino: file, parent: Ino::ROOT, name: name("g") }), 0, "with two names it is nobody's");
+    assert_eq!(told(&mut world, Op::Unlink { parent: Ino::ROOT, name: name("g") }), 1);
+}

@@ -1,0 +1,129 @@
+//! Claims about what happens ahead of the log.
+
+use std::{sync::Arc, time::Duration};
+
+use ctfs_journal::{Journal, JournalId, SystemDisk};
+use ctfs_meta::{MetaError, NewContent, NewNode, Op, Reply};
+use ctfs_types::{FileUse, Holder, Incarnation, Ino};
+use tempfile::TempDir;
+use tokio::time::{Instant, timeout};
+
+use super::cluster::*;
+use crate::{Consensus, ProposeError, Settings};
+
+fn ahead(settings: &mut Settings) {
+    settings.acts_ahead = true;
+}
+
+/// Three servers, of which the first holds the root directory.
+struct Holding {
+    cluster: Cluster,
+    server: Consensus,
+    _journal: TempDir,
+}
+
+impl Holding {
+    async fn start() -> Self {
+        let cluster = Cluster::of(3, ahead).await;
+        let server = cluster.get(node(1));
+        let dir = TempDir::new().unwrap();
+        let id = JournalId { cluster: [7; 16], node: node(1), incarnation: Incarnation(1) };
+        server.set_journal(Arc::new(Journal::create(Arc::new(SystemDisk), dir.path(), id, Default::default()).unwrap()));
+        server.propose(Op::ReserveInos { count: 1000 }).await.unwrap().unwrap();
+        let holder = Holder { node: node(1), incarnation: Incarnation(1) };
+        server.propose(Op::Own { ino: Ino::ROOT, holder, although_shared: false }).await.unwrap().unwrap();
+        Self { cluster, server, _journal: dir }
+    }
+}
+
+fn mkdir(name: &str) -> Op {
+    let node = NewNode { content: NewContent::Directory, mode: 0o755, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None, ino: None, cell: None };
+    Op::Make { parent: Ino::ROOT, name: file_name(name), node }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_holder_does_happens_at_once_and_comes_to_the_others_in_order() {
+    let Holding { cluster, server, _journal } = Holding::start().await;
+    for number in 0..200 {
+        let Some(Ok(Reply::Entry { attr, .. })) = server.happen(&mkdir(&format!("d{number}"))) else { panic!("it is alone there") };
+        assert!(matches!(attr.usage, FileUse::Owned { .. }), "held from birth");
+        assert!(has(&server, &format!("d{number}")));
+    }
+    assert_eq!(server.happen(&mkdir("d7")), Some(Err(MetaError::Exists { parent: Ino::ROOT, name: file_name("d7") })));
+    server.await_streamed().await.unwrap();
+    for other in cluster.running() {
+        assert!((0..200).all(|number| has(&other, &format!("d{number}"))), "visible everywhere when it is streamed");
+    }
+    cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_happened_comes_to_the_log_whoever_leads() {
+    let Holding { cluster, server, _journal } = Holding::start().await;
+    let all = [node(1), node(2), node(3)];
+    for round in 0..3 {
+        for number in 0..50 {
+            // Without a lease it goes through the log, and may take a while.
+            let name = format!("r{round}-{number}");
+            if server.happen(&mkdir(&name)).is_none() {
+                server.propose(mkdir(&name)).await.unwrap().unwrap();
+            }
+        }
+        let leader = cluster.leader(&all).await.status().node;
+        cluster.isolate(leader);
+        let others: Vec<_> = all.into_iter().filter(|number| *number != leader).collect();
+        cluster.leader(&others).await;
+        cluster.heal();
+        cluster.all_leased().await;
+    }
+    server.await_streamed().await.unwrap();
+    cluster.converge().await;
+    let other = cluster.get(node(2));
+    assert!((0..3).all(|round| (0..50).all(|number| has(&other, &format!("r{round}-{number}")))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_was_given_up_is_decided_before_its_inodes_go_ahead_again() {
+    let Holding { cluster, server, _journal } = Holding::start().await;
+    // One that was never sent is about nothing any more.
+    drop(server.request());
+    let goes_ahead = |name: &str| matches!(server.happen(&mkdir(name)), Some(Ok(_)));
+    assert!(goes_ahead("before"));
+    server.await_streamed().await.unwrap();
+
+    cluster.isolate(node(1));
+    let request = server.request();
+    let given_up = timeout(Duration::from_millis(100), request.propose(Op::Link { ino: Ino(2), parent: Ino::ROOT, name: file_name("link") })).await;
+    assert!(given_up.is_err(), "nobody can answer it");
+    assert!(server.replica().read().is_on_the_way(Ino::ROOT));
+    drop(request);
+    assert!(server.replica().read().is_on_the_way(Ino::ROOT), "it may still come to the log");
+    cluster.heal();
+    until(&server, "the doubt to end", || !server.replica().read().is_on_the_way(Ino::ROOT)).await;
+    until(&server, "a lease", || server.leased()).await;
+    assert!(goes_ahead("after"));
+    server.await_streamed().await.unwrap();
+    cluster.converge().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_what_happened_hears_that_its_life_was_ended() {
+    let Holding { cluster, server, _journal } = Holding::start().await;
+    cluster.isolate(node(1));
+    let Some(Ok(_)) = server.happen(&mkdir("lost")) else { panic!("the lease lasts a moment longer") };
+    let waits = tokio::spawn({
+        let server = server.clone();
+        async move { server.await_streamed().await }
+    });
+    let leader = cluster.leader(&[node(2), node(3)]).await;
+    leader.propose(Op::Fence { node: node(1), incarnation: Incarnation(1) }).await.unwrap().unwrap();
+    cluster.heal();
+    let started = Instant::now();
+    until(&server, "the end of the life", || !has(&server, "lost")).await;
+    let (lost, _) = server.end_stream();
+    let heard = waits.await.unwrap();
+    // Whichever came first: the refusal by the log or the end of the stream here.
+    assert_eq!(heard, Err(ProposeError::LifeEnded), "{lost:?}");
+    eprintln!("known {:?} after the cut was healed", started.elapsed());
+    assert!(!has(&leader, "lost"));
+}
