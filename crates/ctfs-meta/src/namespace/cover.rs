@@ -112,10 +112,12 @@ impl Apply<'_, '_> {
             return Ok(());
         }
         for ino in self.txn.touched() {
-            let after = self.cover_now(ino)?;
-            let is_newly = after.is_some_and(|(dir, _)| dir != ino) && after != self.cover_before(ino)?;
             // Of what is made now no kernel keeps anything but its maker's.
-            if is_newly && self.txn.before::<Inode>(&keys::inode(ino))?.is_some() {
+            if self.txn.before::<Inode>(&keys::inode(ino))?.is_none() {
+                continue;
+            }
+            let after = self.cover_now(ino)?;
+            if after.is_some_and(|(dir, _)| dir != ino) && after != self.cover_before(ino)? {
                 self.changed(Change::Covered { ino });
             }
         }

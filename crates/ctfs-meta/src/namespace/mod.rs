@@ -46,6 +46,8 @@ use crate::{Batch, Change, Command, MetaError, Op, Reply, Store, StoreError};
 
 /// Verdicts remembered for one client that never says it has its answers.
 const VERDICTS_MAX: u64 = 4096;
+/// Up to so many are forgotten by number.
+const FORGOTTEN_ONE_BY_ONE: u64 = 8;
 
 /// The replicated state of one volume.
 pub struct Namespace {
@@ -339,11 +341,21 @@ fn run(
         Err(Fail::Store(error)) => return Err(error),
     };
     let forget = command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1));
-    let (from, _) = keys::under(keys::VERDICT, &[request.client]);
-    let to = keys::verdict(request.client, forget + 1);
     if forget > floor {
-        for (old, _) in txn.scan(&from, &to, usize::MAX)? {
-            txn.delete(old);
+        if forget - floor <= FORGOTTEN_ONE_BY_ONE {
+            // Most often it is one, and looking for a record costs less than looking which there are.
+            for seq in floor + 1..=forget {
+                let old = keys::verdict(request.client, seq);
+                if txn.get_raw(&old)?.is_some() {
+                    txn.delete(old);
+                }
+            }
+        } else {
+            let (from, _) = keys::under(keys::VERDICT, &[request.client]);
+            let to = keys::verdict(request.client, forget + 1);
+            for (old, _) in txn.scan(&from, &to, usize::MAX)? {
+                txn.delete(old);
+            }
         }
         txn.put(keys::floor(request.client), &forget);
     }

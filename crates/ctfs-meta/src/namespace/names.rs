@@ -279,7 +279,7 @@ impl Apply<'_, '_> {
     /// Puts an inode into a directory: entry, cookie, link record, times, and unless it only changes
     /// its name there, counts.
     fn hook(&mut self, parent: Ino, name: &FileName, ino: Ino, recounts: bool) -> Outcome<()> {
-        let before = if recounts { self.home_unless_directory(ino)? } else { None };
+        let before = if recounts { self.home_besides(ino, None)? } else { None };
         let mut inode = self.inode(ino)?;
         inode.ctime = self.at;
         if let Some(dir) = &mut inode.dir {
@@ -311,7 +311,7 @@ impl Apply<'_, '_> {
     /// Takes an inode out of a directory; link counts stay with the caller.
     fn unhook(&mut self, parent: Ino, name: &FileName, ino: Ino, recounts: bool) -> Outcome<()> {
         let entry = self.entry(parent, name)?;
-        let before = if recounts { self.home_unless_directory(ino)? } else { None };
+        let before = if recounts { self.home_besides(ino, Some(parent))? } else { None };
         let mut inode = self.inode(ino)?;
         inode.ctime = self.at;
         self.put_inode(ino, &inode);
@@ -335,8 +335,13 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
-    fn home_unless_directory(&mut self, ino: Ino) -> Outcome<Option<Ino>> {
-        if self.inode(ino)?.is_dir() { Ok(None) } else { self.home(ino) }
+    /// The home of anything but a directory. With one name there is nothing to look for: it is `only`.
+    fn home_besides(&mut self, ino: Ino, only: Option<Ino>) -> Outcome<Option<Ino>> {
+        match self.inode(ino)? {
+            inode if inode.is_dir() => Ok(None),
+            inode if inode.nlink == 1 => Ok(only),
+            _ => self.home(ino),
+        }
     }
 
     /// Moves what the inode counts for from the directory that had it to the one that has it now.
@@ -346,7 +351,7 @@ impl Apply<'_, '_> {
             let difference = if added { counts } else { Totals::default().minus(counts) };
             return self.add_totals(parent, difference);
         }
-        let after = self.home(ino)?;
+        let after = self.home_besides(ino, added.then_some(parent))?;
         if before != after {
             if let Some(dir) = before {
                 self.add_totals(dir, Totals::default().minus(counts))?;

@@ -104,7 +104,8 @@ impl<'a> Txn<'a> {
 
     /// Keeps what the command wrote.
     pub fn keep(&mut self) -> Vec<Change> {
-        self.entry.append(&mut self.command);
+        // Not `append`, which builds the whole map anew.
+        self.entry.extend(std::mem::take(&mut self.command));
         for (key, difference) in std::mem::take(&mut self.command_added) {
             add_to(&mut self.entry_added, key, difference);
         }
