@@ -10,7 +10,6 @@ use std::{
 use crate::{support::Cluster, tools::setting};
 
 #[test]
-#[ignore = "servers do not take directories yet"]
 fn a_killed_server_leaves_nothing_out_that_it_did_in_directories_it_held() {
     let cluster = Cluster::start("held", 3);
     let dir = cluster.mnt(1).join("d");

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -63,37 +63,40 @@ const STRAY_COPIES: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 pub(crate) struct Numbers {
     last: u64,
+    /// Without an answer.
     open: BTreeSet<u64>,
-    /// Ended, but copies may be about; oldest first.
-    stray: VecDeque<(Instant, u64)>,
+    /// Ended, but copies may be about, which must find its verdict.
+    stray: BTreeSet<u64>,
+    /// Until when; oldest first.
+    strays_end: VecDeque<(Instant, u64)>,
 }
 
 impl Numbers {
     /// The next `seq`, and the `answered` that goes with it.
     pub fn take(&mut self, now: Instant) -> (u64, u64) {
-        while let Some(&(until, seq)) = self.stray.front()
+        while let Some(&(until, seq)) = self.strays_end.front()
             && until <= now
         {
-            self.stray.pop_front();
-            self.open.remove(&seq);
+            self.strays_end.pop_front();
+            self.stray.remove(&seq);
         }
         self.last += 1;
         self.open.insert(self.last);
-        let oldest = self.open.first().copied().unwrap_or(self.last);
-        (self.last, oldest - 1)
+        let oldest = [&self.open, &self.stray].into_iter().filter_map(|numbers| numbers.first()).min();
+        (self.last, oldest.copied().unwrap_or(self.last) - 1)
     }
 
-    /// How many were numbered since the oldest that is still open.
+    /// How many were numbered since the oldest that has no answer.
     pub fn span(&self) -> u64 {
         self.open.first().map_or(0, |oldest| self.last - oldest)
     }
 
     /// The request has ended; `once` if there is no copy of it anywhere any more.
     pub fn done(&mut self, seq: u64, once: bool, now: Instant) {
-        if once {
-            self.open.remove(&seq);
-        } else {
-            self.stray.push_back((now + STRAY_COPIES, seq));
+        self.open.remove(&seq);
+        if !once {
+            self.stray.insert(seq);
+            self.strays_end.push_back((now + STRAY_COPIES, seq));
         }
     }
 }
@@ -137,6 +140,8 @@ pub(crate) struct Core {
     /// What happened here before it is in the log.
     pub stream: Stream,
     pub doubts: Doubts,
+    /// The leader refuses commands for which there must be room, as it said last.
+    pub refuses_growth: AtomicBool,
     /// One change of membership at a time.
     pub changing: tokio::sync::Mutex<()>,
 }

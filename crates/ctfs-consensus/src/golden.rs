@@ -124,7 +124,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("renewed by no leader", messages::encode(&Renewed::NotLeader)),
         (
             "renewed",
-            messages::encode(&Renewed::Heard { grant: Some(grant), visible: LogIndex(9), committed: LogIndex(10) }),
+            messages::encode(&Renewed::Heard { grant: Some(grant), visible: LogIndex(9), committed: LogIndex(10), short_of_room: true }),
         ),
         ("read index", messages::encode(&ReadIndex { applied: LogIndex(300), patience: SECOND })),
         ("read index of no leader", messages::encode(&ReadIndexed::NotLeader)),

@@ -54,4 +54,5 @@ pub use replay::{Replayed, decode_record, encode_record};
 pub use runtime::Consensus;
 pub use settings::{COMMAND_BYTES_MAX, Limits, Settings, Timings};
 pub use status::{ConsensusStatus, ServerStatus};
+pub use stream::Happened;
 pub use storage::{Storage, StorageError, StorageSettings};

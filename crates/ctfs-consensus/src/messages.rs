@@ -87,6 +87,8 @@ pub(crate) enum Renewed {
         visible: LogIndex,
         /// The leader has applied up to here.
         committed: LogIndex,
+        /// Commands for which there must be room are refused.
+        short_of_room: bool,
     },
 }
 

@@ -7,6 +7,7 @@
 //! answers when the change is visible everywhere and applied here.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -109,7 +110,7 @@ impl Drop for Request {
 /// Requests that nobody asks for any more and whose commands may still come to the log.
 #[derive(Default)]
 pub(crate) struct Doubts {
-    open: Mutex<Vec<Doubt>>,
+    open: Mutex<VecDeque<Doubt>>,
     added: Notify,
 }
 
@@ -121,7 +122,7 @@ struct Doubt {
 
 impl Doubts {
     fn add(&self, doubt: Doubt) {
-        self.open.lock().push(doubt);
+        self.open.lock().push_back(doubt);
         self.added.notify_one();
     }
 }
@@ -130,7 +131,7 @@ impl Doubts {
 /// changed ahead of the log again.
 pub(crate) async fn end_doubts(core: Arc<Core>) {
     loop {
-        let Some(Doubt { sent, inos }) = core.doubts.open.lock().pop() else {
+        let Some(Doubt { sent, inos }) = core.doubts.open.lock().pop_front() else {
             core.doubts.added.notified().await;
             continue;
         };
@@ -202,8 +203,11 @@ impl Request {
         let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
         // It may depend on them, and must not survive a crash that they do not. What is about no inode does
         // not, and the server's own affairs must not wait for a long backlog.
+        let mut deadline = deadline;
         if !self.on_the_way.lock().is_empty() {
-            core.await_streamed(deadline).await?;
+            let before = Instant::now();
+            core.await_streamed().await?;
+            deadline += before.elapsed();
         }
 
         let (request, answered) = *self.number.lock().get_or_insert_with(|| {
@@ -255,7 +259,7 @@ impl Core {
     }
 
     pub async fn attempt(&self, leader: NodeId, commands: Vec<Command>, bytes: usize, deadline: Instant) -> Outcome {
-        if leader == self.me && commands.iter().any(|command| grows(&command.op)) && self.is_short_of_room() {
+        if leader == self.me && commands.iter().any(needs_room) && self.is_short_of_room() {
             return Outcome::NoSpace;
         }
         let (answer, answered) = oneshot::channel();
@@ -303,7 +307,7 @@ impl Core {
         let mut waiting = Vec::with_capacity(sizes.len());
         for (commands, &bytes) in message.together.into_iter().zip(&sizes) {
             let (answer, answered) = oneshot::channel();
-            if no_space && commands.iter().any(|command| grows(&command.op)) {
+            if no_space && commands.iter().any(needs_room) {
                 // Its asker waits below.
                 let _ = answer.send(Outcome::NoSpace);
                 waiting.push(answered);
@@ -329,6 +333,12 @@ impl Core {
         }
         Ok(if refused == answers.len() { Forwarded::NotLeader } else { Forwarded::Answers(answers) })
     }
+}
+
+/// Whether the command is refused where there is no room for it. What has happened ahead of the log is not:
+/// it is bounded, and what frees room waits behind it.
+fn needs_room(command: &Command) -> bool {
+    grows(&command.op) && command.about != About::Ahead
 }
 
 pub(crate) fn encoded_bytes(command: &Command) -> usize {

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     future::Future,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, atomic::{AtomicBool, AtomicU64}},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinHandle,
-    time::{Instant, timeout},
+    time::timeout,
 };
 
 use crate::{
@@ -36,7 +36,7 @@ use crate::{
     settings::{Limits, Settings, Timings},
     status::ConsensusStatus,
     storage::Storage,
-    stream::{self, Stream},
+    stream::{self, Happened, Stream},
     visibility,
 };
 
@@ -113,6 +113,7 @@ impl Consensus {
             numbers: Mutex::new(Numbers::default()),
             stream: Stream::default(),
             doubts: Doubts::default(),
+            refuses_growth: AtomicBool::new(false),
             changing: tokio::sync::Mutex::new(()),
             settings,
         });
@@ -189,7 +190,7 @@ impl Consensus {
 
     /// Has `op` happen at once, here, if this server alone may do that; it follows into the log.
     /// `None`: it must be proposed.
-    pub fn happen(&self, op: &Op) -> Option<Result<Reply, MetaError>> {
+    pub fn happen(&self, op: &Op) -> Option<Happened> {
         self.core.happen(op)
     }
 
@@ -210,15 +211,22 @@ impl Consensus {
     /// Returns when everything that happened here before the call is in the log and visible.
     ///
     /// # Errors
-    /// [`ProposeError::NoQuorum`] after [`Timings::propose_deadline`], [`ProposeError::Stopped`].
+    /// [`ProposeError::LifeEnded`]: some of it is lost. [`ProposeError::NoQuorum`] when nothing more came so far for
+    /// [`Timings::propose_deadline`], [`ProposeError::Stopped`].
     pub async fn await_streamed(&self) -> Result<(), ProposeError> {
-        self.core.await_streamed(Instant::now() + self.core.settings.timings.propose_deadline).await
+        self.core.await_streamed().await
     }
 
     /// After this life was ended: takes back what happened here and is not in the log. Answers the
     /// commands that are lost, and the journal of that life: until the next one is set nothing happens here.
     pub fn end_stream(&self) -> (Vec<Command>, Option<Arc<Journal>>) {
         self.core.end_stream()
+    }
+
+    /// Whoever had something open that is lost will hear of it: until then nobody is told that all is in
+    /// the log.
+    pub fn lost_is_told(&self) {
+        self.core.lost_is_told();
     }
 
     /// Commands that have happened here and are not in the log yet.

@@ -12,7 +12,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -28,8 +31,10 @@ use tokio::{
 use crate::{
     core::Core,
     error::ProposeError,
+    health::grows,
     proposer::Outcome,
     replay::encode_record,
+    settings::Limits,
 };
 
 /// Before a batch that found no room is tried again.
@@ -48,6 +53,14 @@ const OPEN_SPAN_MAX: u64 = 2048;
 const NUMBERS_LOW: u64 = 4096;
 const NUMBERS_AT_ONCE: u32 = 16384;
 
+/// How a command fared that was to happen at once.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Happened {
+    Answered(Result<Reply, MetaError>),
+    /// The lease ended meanwhile: it has happened once [`Core::await_streamed`] says so.
+    Unsure(Reply),
+}
+
 /// What happened here and is not in the log yet.
 #[derive(Default)]
 pub(crate) struct Stream {
@@ -60,6 +73,13 @@ pub(crate) struct Stream {
     done: watch::Sender<Done>,
     /// There are few numbers left for what is made here.
     numbers_low: Notify,
+    /// Bytes of what is queued, and microseconds that the last batch took to the log.
+    bytes: AtomicUsize,
+    pace: AtomicU64,
+    /// What the log has refused, because this life was ended.
+    refused: Mutex<Vec<Command>>,
+    /// Something is lost, and who asks for it has not been told.
+    is_untold: AtomicBool,
     /// Where what happens is written down before it is answered. Without one nothing happens here.
     journal: Mutex<Option<Arc<Journal>>>,
 }
@@ -82,6 +102,7 @@ struct Queued {
 
 impl Stream {
     fn push(&self, command: Command, bytes: usize, position: Position) {
+        self.bytes.fetch_add(bytes, Relaxed);
         self.queue.lock().push_back(Queued { at: Instant::now(), command, bytes, position });
         self.happened.send_modify(|count| *count += 1);
         self.ready.notify_one();
@@ -101,15 +122,23 @@ impl Stream {
         (commands, bytes)
     }
 
-    /// Takes these off, unless they were taken back meanwhile. `lost`: the log has refused one.
-    fn finish(&self, commands: &[Command], lost: bool) {
+    /// Takes these off, unless they were taken back meanwhile. `lost`: the log has refused one;
+    /// `life_ended`: for that reason, so [`Core::end_stream`] is about to be called.
+    fn finish(&self, commands: &[Command], lost: bool, life_ended: bool) {
         let mut queue = self.queue.lock();
         let (mut finished, mut upto) = (0, Position::NONE);
         for command in commands {
             if let Some(queued) = queue.pop_front_if(|queued| queued.command.request == command.request) {
                 upto = queued.position;
                 finished += 1;
+                self.bytes.fetch_sub(queued.bytes, Relaxed);
+                if life_ended {
+                    self.refused.lock().push(queued.command);
+                }
             }
+        }
+        if life_ended && finished > 0 {
+            self.is_untold.store(true, Relaxed);
         }
         drop(queue);
         if let Some(journal) = self.journal.lock().as_ref().filter(|_| finished > 0) {
@@ -127,9 +156,13 @@ impl Stream {
         });
     }
 
-    /// Whether the log keeps up with what happens here.
-    fn keeps_up(&self) -> bool {
-        self.queue.lock().front().is_none_or(|oldest| oldest.at.elapsed() < AGE_MAX)
+    /// Whether the log keeps up with what happens here: nothing waits for long, nor will.
+    fn keeps_up(&self, limits: &Limits) -> bool {
+        let queue = self.queue.lock();
+        let Some(oldest) = queue.front() else { return true };
+        let batches = (queue.len() / limits.entry_commands).max(self.bytes.load(Relaxed) / limits.entry_bytes) as u64;
+        let drains_in = Duration::from_micros(self.pace.load(Relaxed).saturating_mul(batches));
+        oldest.at.elapsed() < AGE_MAX && drains_in < AGE_MAX
     }
 
     /// The journal, if it has room.
@@ -150,21 +183,33 @@ impl Stream {
     }
 
     fn clear(&self) -> Vec<Command> {
-        let taken: Vec<Command> = self.queue.lock().drain(..).map(|queued| queued.command).collect();
+        let mut queue = self.queue.lock();
+        let taken: Vec<Command> = queue.drain(..).map(|queued| queued.command).collect();
+        self.bytes.store(0, Relaxed);
+        if !taken.is_empty() {
+            self.is_untold.store(true, Relaxed);
+        }
+        drop(queue);
         self.advance(taken.len() as u64, true);
-        taken
+        let mut lost = std::mem::take(&mut *self.refused.lock());
+        lost.extend(taken);
+        lost
     }
 }
 
 impl Core {
     /// Has `op` happen at once, if this server alone may do that. `None`: it must go through the log.
-    pub fn happen(&self, op: &Op) -> Option<Result<Reply, MetaError>> {
+    pub fn happen(&self, op: &Op) -> Option<Happened> {
         if !self.settings.acts_ahead || self.replica.read().delegated() == 0 || !self.leased() || self.stopped().is_some() || self.health.waits() {
             return None;
         }
-        let journal = self.stream.journal().filter(|_| self.stream.keeps_up())?;
+        if grows(op) && if self.leads() { self.is_short_of_room() } else { self.refuses_growth.load(Relaxed) } {
+            return None;
+        }
+        let journal = self.stream.journal().filter(|_| self.stream.keeps_up(&self.settings.limits))?;
         let holder = Holder { node: self.me, incarnation: self.incarnation() };
         let mut replica = self.replica.write();
+        replica.is_visible(*self.visible.borrow());
         let now = Instant::now();
         let (seq, answered) = {
             let mut numbers = self.numbers.lock();
@@ -196,16 +241,16 @@ impl Core {
                     }
                 };
                 self.stream.push(command, bytes, position);
-                // A lease that still holds: nobody else can have changed any of it before it happened. After a
-                // pause it may not, and others may know better.
+                // A lease that still holds: nobody else can have changed any of it before it happened.
                 let is_sure = self.leased();
                 drop(replica);
                 self.relay.happened(&changes);
-                Some(if is_sure { Ok(reply) } else { Err(MetaError::StaleIncarnation) })
+                Some(if is_sure { Happened::Answered(Ok(reply)) } else { Happened::Unsure(reply) })
             }
             Ok(Ahead::Refused(why)) => {
                 unused();
-                Some(Err(why))
+                // After a pause others may know better.
+                self.leased().then_some(Happened::Answered(Err(why)))
             }
             Ok(Ahead::NotAlone) => {
                 unused();
@@ -222,25 +267,38 @@ impl Core {
     /// Returns when everything that has happened here before the call is in the log and visible.
     ///
     /// # Errors
-    /// [`ProposeError::LifeEnded`]: some of it did not come so far, and will not. [`ProposeError::NoQuorum`]
-    /// at the deadline, [`ProposeError::Stopped`].
-    pub async fn await_streamed(&self, deadline: Instant) -> Result<(), ProposeError> {
+    /// [`ProposeError::LifeEnded`]: some of it did not come so far, and will not; also until that was told
+    /// ([`Self::lost_is_told`]). [`ProposeError::NoQuorum`] when nothing has come so far for the deadline
+    /// of a proposal, [`ProposeError::Stopped`].
+    pub async fn await_streamed(&self) -> Result<(), ProposeError> {
         let upto = *self.stream.happened.borrow();
         let mut done = self.stream.done.subscribe();
-        let before = *done.borrow_and_update();
-        if before.upto >= upto {
-            return Ok(());
-        }
+        let lost_before = done.borrow_and_update().lost;
         let started = Instant::now();
         let mut view = self.view.subscribe();
-        tokio::select! {
-            reached = timeout_at(deadline, done.wait_for(|done| done.upto >= upto)) => match reached {
-                Ok(Ok(done)) if done.lost > before.upto => Err(ProposeError::LifeEnded),
-                Ok(_) => Ok(()),
-                Err(_) => Err(ProposeError::NoQuorum { waited: started.elapsed() }),
-            },
-            _ = view.wait_for(|view| view.stopped.is_some()) => Err(self.stopped().unwrap_or(ProposeError::Stopped(String::new()))),
+        loop {
+            if self.stream.is_untold.load(Relaxed) {
+                return Err(ProposeError::LifeEnded);
+            }
+            let now = *done.borrow_and_update();
+            if now.upto >= upto {
+                return if now.lost > lost_before { Err(ProposeError::LifeEnded) } else { Ok(()) };
+            }
+            let patience = Instant::now() + self.settings.timings.propose_deadline;
+            tokio::select! {
+                moved = timeout_at(patience, done.changed()) => if moved.is_err() {
+                    return Err(ProposeError::NoQuorum { waited: started.elapsed() });
+                },
+                _ = view.wait_for(|view| view.stopped.is_some()) => {
+                    return Err(self.stopped().unwrap_or(ProposeError::Stopped(String::new())));
+                }
+            }
         }
+    }
+
+    /// Whoever had something open that is lost will hear of it.
+    pub fn lost_is_told(&self) {
+        self.stream.is_untold.store(false, Relaxed);
     }
 
     /// The life in which these happened was ended: what the log does not have is taken back. Answers
@@ -252,18 +310,18 @@ impl Core {
     }
 
     async fn deliver(self: &Arc<Self>, commands: &[Command], bytes: usize) {
-        let mut tries = 0;
+        let mut once = true;
         loop {
             if self.stopped().is_some() || self.stream.depth() == 0 {
                 return;
             }
-            let deadline = Instant::now() + self.settings.timings.propose_deadline;
+            let started = Instant::now();
+            let deadline = started + self.settings.timings.propose_deadline;
             let leader = self.leader();
             let outcome = match leader {
                 Some(leader) => self.attempt(leader, commands.to_vec(), bytes, deadline).await,
                 None => Outcome::NotLeader,
             };
-            tries += 1;
             match outcome {
                 Outcome::Answered(answer) => {
                     self.raise_visible(answer.index);
@@ -276,14 +334,19 @@ impl Core {
                     let lost = !self.check(commands, &answer.verdicts);
                     let now = Instant::now();
                     let mut numbers = self.numbers.lock();
-                    commands.iter().for_each(|command| numbers.done(command.request.seq, tries == 1, now));
+                    commands.iter().for_each(|command| numbers.done(command.request.seq, once, now));
                     drop(numbers);
-                    self.stream.finish(commands, lost);
+                    let life_ended = answer.verdicts.contains(&Err(MetaError::StaleIncarnation));
+                    self.stream.finish(commands, lost, life_ended);
+                    self.stream.pace.store(u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX), Relaxed);
                     return;
                 }
                 Outcome::NoSpace => sleep(ROOM_PAUSE).await,
                 Outcome::NotLeader => self.await_other_leader(leader, deadline).await,
-                Outcome::Unsure => sleep(TRY_AGAIN).await,
+                Outcome::Unsure => {
+                    once = false;
+                    sleep(TRY_AGAIN).await;
+                }
             }
         }
     }

@@ -150,12 +150,13 @@ impl Core {
             if renew.short_of_room { short.insert(from) } else { short.remove(&from) };
         }
         self.raise_visible(visible);
-        Renewed::Heard { grant, visible, committed: applied }
+        Renewed::Heard { grant, visible, committed: applied, short_of_room: self.is_short_of_room() }
     }
 
     /// Takes the leader's answer to a renewal that was sent at `asked`.
     fn renewed(&self, asked: BootTime, answer: &Renewed) -> bool {
-        let Renewed::Heard { grant, visible, committed } = answer else { return false };
+        let Renewed::Heard { grant, visible, committed, short_of_room } = answer else { return false };
+        self.refuses_growth.store(*short_of_room, std::sync::atomic::Ordering::Relaxed);
         if let Some(grant) = grant {
             // Never more than our own settings allow, whatever the leader says.
             let usable = grant.usable.min(self.settings.timings.lease_used);

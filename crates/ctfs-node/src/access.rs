@@ -9,7 +9,7 @@ use ctfs_consensus::{Consensus, ProposeError};
 use ctfs_meta::{MetaError, Op, Reply, SharedNamespace, Subject};
 use ctfs_net::Network;
 use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
-use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport};
+use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport};
 
 use crate::{
     messages::{self, HeldFile, service},
@@ -59,8 +59,11 @@ impl Metadata for ReplicatedMetadata {
         Arc::new(Agreed(self.consensus.request()))
     }
 
-    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>> {
-        Some(self.consensus.happen(op)?.map_err(FsError::Meta))
+    fn happen(&self, op: &Op) -> Option<Happened> {
+        Some(match self.consensus.happen(op)? {
+            ctfs_consensus::Happened::Answered(answer) => Happened::Answered(answer.map_err(FsError::Meta)),
+            ctfs_consensus::Happened::Unsure(reply) => Happened::Unsure(reply),
+        })
     }
 
     async fn settled(&self) -> Result<(), FsError> {

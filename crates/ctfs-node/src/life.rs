@@ -92,14 +92,15 @@ pub async fn outlive(node: Arc<Node>) {
         tracing::warn!("the others went on without this server: unflushed writes and locks of its programs are lost");
         // Before the new life: it could write what the old one must not.
         let (lost, journal) = node.consensus.end_stream();
-        // Its thread ends before the next life reads what is in it.
-        if let Err(error) = tokio::task::spawn_blocking(move || drop(journal)).await {
-            tracing::error!(%error, "the journal of the ended life was not closed");
-        }
         if !lost.is_empty() {
             tracing::warn!(changes = lost.len(), "changes of directories that this server held did not reach the others");
         }
         node.vfs.lost(lost.into_iter().map(|command| command.op));
+        node.consensus.lost_is_told();
+        // Its thread ends before the next life reads what is in it.
+        if let Err(error) = tokio::task::spawn_blocking(move || drop(journal)).await {
+            tracing::error!(%error, "the journal of the ended life was not closed");
+        }
         node.vfs.life_ended().await;
         // The kernel was told of them, and of versions that come again.
         node.events.lease_lapsed();

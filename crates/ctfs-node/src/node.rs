@@ -53,9 +53,6 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Before a journal is sent again that could not be sent.
 const REPLAY_PAUSE: Duration = Duration::from_secs(1);
-/// Whether servers take directories, to act ahead of the log there. Not before what `docs/plan.md` lists
-/// under steps 6 and 7 is mended.
-const HOLDS_DIRECTORIES: bool = false;
 
 /// A running server.
 pub struct Node {
@@ -153,7 +150,7 @@ impl Node {
         let rtt = settings.rtt.or_else(|| roundtrip::remembered(&state)).unwrap_or_default();
         let mut consensus_settings = ctfs_consensus::Settings::new(state.join("meta"), id, incarnation);
         consensus_settings.timings = ctfs_consensus::Timings::for_rtt(rtt);
-        consensus_settings.acts_ahead = HOLDS_DIRECTORIES;
+        consensus_settings.acts_ahead = true;
         let consensus = Consensus::start(consensus_settings, peers.clone(), events.clone())
             .await
             .map_err(|error| Problem::metadata(&error.to_string()))?;
@@ -179,7 +176,7 @@ impl Node {
         let runtime = tokio::runtime::Handle::current();
         let cluster_chunks = Arc::new(ClusterChunks { chunks: chunks.clone(), figures: figures.clone(), runtime: runtime.clone() });
         let vfs_settings = VfsSettings {
-            delegations: DelegationSettings { takes: HOLDS_DIRECTORIES, ..DelegationSettings::default() },
+            delegations: DelegationSettings { takes: true, ..DelegationSettings::default() },
             ..VfsSettings::default()
         };
         let vfs = Vfs::new(metadata, cluster_chunks, Arc::new(PeerHolders { network: network.clone() }), tier, vfs_settings);
@@ -339,9 +336,6 @@ impl Node {
 
     /// From here on this server may act ahead of the log, where it alone may change something.
     fn begin_journal(&self, life: Incarnation) -> Result<(), Problem> {
-        if !HOLDS_DIRECTORIES {
-            return Ok(());
-        }
         let journal = self.journals.begin(life).map_err(|error| Problem::metadata(&error.to_string()))?;
         self.consensus.set_journal(journal);
         Ok(())

@@ -11,6 +11,14 @@ use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
 
 use crate::FsError;
 
+/// How a command fared that was to happen at once.
+#[derive(Debug)]
+pub enum Happened {
+    Answered(Result<Reply, FsError>),
+    /// It has happened once [`Metadata::settled`] says so.
+    Unsure(Reply),
+}
+
 /// The replicated namespace, as this server sees it.
 #[async_trait]
 pub trait Metadata: Send + Sync + 'static {
@@ -23,12 +31,12 @@ pub trait Metadata: Send + Sync + 'static {
 
     /// Has `op` happen at once, if this server alone may do that: others learn of it in its order, before
     /// anything that is asked afterwards. `None`: it must be proposed.
-    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>>;
+    fn happen(&self, op: &Op) -> Option<Happened>;
 
     /// Returns when all that has happened here before the call is in the log.
     ///
     /// # Errors
-    /// [`FsError::NoQuorum`], [`FsError::Shutdown`].
+    /// [`FsError::NoQuorum`], [`FsError::Shutdown`]; that some of it is lost.
     async fn settled(&self) -> Result<(), FsError>;
 
     /// Has `op` happen once and answers when it is visible on every live server, and applied here.

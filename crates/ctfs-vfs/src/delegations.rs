@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, time::timeout};
 use tracing::debug;
 
-use crate::{FsError, Holders, Metadata, Request, content::is_over};
+use crate::{FsError, Happened, Holders, Metadata, Request, content::is_over};
 
 /// Directories given up by one command.
 const GIVE_UP_MAX: usize = 512;
@@ -244,9 +244,9 @@ impl Delegations {
     }
 
     /// Has the command happen here, if that may be.
-    fn try_ahead(&self, op: &Op) -> Option<Result<Reply, FsError>> {
+    fn try_ahead(&self, op: &Op) -> Option<Happened> {
         let happened = self.inner.happen(op)?;
-        if happened.is_ok() {
+        if !matches!(happened, Happened::Answered(Err(_))) {
             let mut state = self.state.lock();
             state.figures.ahead += 1;
             for dir in dirs_of(op) {
@@ -292,8 +292,10 @@ impl Request for Ruled {
             let request = match known {
                 Some(request) => request,
                 None => {
-                    if let Some(happened) = delegations.try_ahead(&op) {
-                        return happened;
+                    match delegations.try_ahead(&op) {
+                        Some(Happened::Answered(answer)) => return answer,
+                        Some(Happened::Unsure(reply)) => return delegations.inner.settled().await.map(|()| reply),
+                        None => {}
                     }
                     let request = delegations.inner.request();
                     *self.inner.lock() = Some(request.clone());
@@ -334,7 +336,7 @@ impl Metadata for RuledMetadata {
         Arc::new(Ruled { delegations: self.0.clone(), inner: Mutex::new(None) })
     }
 
-    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>> {
+    fn happen(&self, op: &Op) -> Option<Happened> {
         self.0.try_ahead(op)
     }
 

@@ -22,7 +22,7 @@ pub mod vfs;
 mod view;
 pub mod waiters;
 
-pub use access::{ChunkAccess, Holders, Metadata, Request, SpaceReport};
+pub use access::{ChunkAccess, Happened, Holders, Metadata, Request, SpaceReport};
 pub use caller::Caller;
 pub use content::{Content, ContentSettings, PageWaits, Pages};
 pub use delegations::{DelegationFigures, DelegationSettings};

@@ -36,7 +36,7 @@ impl<'a> View<'a> {
     /// [`MetaError::Held`]: another server alone knows, because it holds the directory that is named.
     fn is_known_here_alone(&self, ino: Ino) -> Result<bool, FsError> {
         match self.ns.cover(ino)? {
-            Some((dir, holder)) if holder == self.me => Ok(!self.ns.is_on_the_way(dir)),
+            Some((dir, holder)) if holder == self.me => Ok(!self.ns.is_on_the_way(dir) && !self.ns.is_between(ino)),
             Some((dir, holder)) => Err(MetaError::Held { ino: dir, holder }.into()),
             None => Ok(false),
         }

@@ -1,15 +1,18 @@
 //! Claims about what happens ahead of the log.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use ctfs_journal::{Journal, JournalId, SystemDisk};
 use ctfs_meta::{MetaError, NewContent, NewNode, Op, Reply};
 use ctfs_types::{FileUse, Holder, Incarnation, Ino};
 use tempfile::TempDir;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::cluster::*;
-use crate::{Consensus, ProposeError, Settings};
+use crate::{Consensus, Happened, ProposeError, Settings};
 
 fn ahead(settings: &mut Settings) {
     settings.acts_ahead = true;
@@ -45,11 +48,11 @@ fn mkdir(name: &str) -> Op {
 async fn what_a_holder_does_happens_at_once_and_comes_to_the_others_in_order() {
     let Holding { cluster, server, _journal } = Holding::start().await;
     for number in 0..200 {
-        let Some(Ok(Reply::Entry { attr, .. })) = server.happen(&mkdir(&format!("d{number}"))) else { panic!("it is alone there") };
+        let Some(Happened::Answered(Ok(Reply::Entry { attr, .. }))) = server.happen(&mkdir(&format!("d{number}"))) else { panic!("it is alone there") };
         assert!(matches!(attr.usage, FileUse::Owned { .. }), "held from birth");
         assert!(has(&server, &format!("d{number}")));
     }
-    assert_eq!(server.happen(&mkdir("d7")), Some(Err(MetaError::Exists { parent: Ino::ROOT, name: file_name("d7") })));
+    assert_eq!(server.happen(&mkdir("d7")), Some(Happened::Answered(Err(MetaError::Exists { parent: Ino::ROOT, name: file_name("d7") }))));
     server.await_streamed().await.unwrap();
     for other in cluster.running() {
         assert!((0..200).all(|number| has(&other, &format!("d{number}"))), "visible everywhere when it is streamed");
@@ -87,7 +90,7 @@ async fn a_request_that_was_given_up_is_decided_before_its_inodes_go_ahead_again
     let Holding { cluster, server, _journal } = Holding::start().await;
     // One that was never sent is about nothing any more.
     drop(server.request());
-    let goes_ahead = |name: &str| matches!(server.happen(&mkdir(name)), Some(Ok(_)));
+    let goes_ahead = |name: &str| matches!(server.happen(&mkdir(name)), Some(Happened::Answered(Ok(_))));
     assert!(goes_ahead("before"));
     server.await_streamed().await.unwrap();
 
@@ -110,7 +113,7 @@ async fn a_request_that_was_given_up_is_decided_before_its_inodes_go_ahead_again
 async fn who_waits_for_what_happened_hears_that_its_life_was_ended() {
     let Holding { cluster, server, _journal } = Holding::start().await;
     cluster.isolate(node(1));
-    let Some(Ok(_)) = server.happen(&mkdir("lost")) else { panic!("the lease lasts a moment longer") };
+    let Some(Happened::Answered(Ok(_))) = server.happen(&mkdir("lost")) else { panic!("the lease lasts a moment longer") };
     let waits = tokio::spawn({
         let server = server.clone();
         async move { server.await_streamed().await }
@@ -118,12 +121,28 @@ async fn who_waits_for_what_happened_hears_that_its_life_was_ended() {
     let leader = cluster.leader(&[node(2), node(3)]).await;
     leader.propose(Op::Fence { node: node(1), incarnation: Incarnation(1) }).await.unwrap().unwrap();
     cluster.heal();
-    let started = Instant::now();
     until(&server, "the end of the life", || !has(&server, "lost")).await;
+    assert_eq!(waits.await.unwrap(), Err(ProposeError::LifeEnded));
+    until(&server, "the end of the stream", || server.streaming() == 0).await;
+    assert_eq!(server.await_streamed().await, Err(ProposeError::LifeEnded), "until it is told, nobody hears that all is well");
     let (lost, _) = server.end_stream();
-    let heard = waits.await.unwrap();
-    // Whichever came first: the refusal by the log or the end of the stream here.
-    assert_eq!(heard, Err(ProposeError::LifeEnded), "{lost:?}");
-    eprintln!("known {:?} after the cut was healed", started.elapsed());
+    assert_eq!(lost.iter().map(|command| &command.op).count(), 1, "{lost:?}");
+    server.lost_is_told();
+    assert_eq!(server.await_streamed().await, Ok(()));
     assert!(!has(&leader, "lost"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_there_is_no_room_what_happened_before_and_what_frees_room_come_to_the_log() {
+    let Holding { cluster, server, _journal } = Holding::start().await;
+    assert!(matches!(server.happen(&mkdir("before")), Some(Happened::Answered(Ok(_)))));
+    for other in cluster.running() {
+        other.core.health.pretend_free(Some(100 << 20));
+    }
+    until(&server, "the shortage to be known", || if server.core.leads() { server.core.is_short_of_room() } else { server.core.refuses_growth.load(Relaxed) }).await;
+    assert_eq!(server.happen(&mkdir("more")), None, "programs are to hear of it");
+    assert_eq!(server.propose(mkdir("more")).await, Err(ProposeError::NoSpace));
+    server.propose(Op::Rmdir { parent: Ino::ROOT, name: file_name("before") }).await.unwrap().unwrap();
+    server.await_streamed().await.unwrap();
+    cluster.converge().await;
 }

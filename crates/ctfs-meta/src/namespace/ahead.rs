@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, RequestId};
+use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, RequestId};
 
 use super::{
     Apply, Namespace, Totals, keys,
@@ -51,6 +51,9 @@ pub struct Layer {
     /// Inodes that commands of this server are about that go through the log now, each with how many.
     /// What happened to them here meanwhile would hide what the log makes of them.
     on_the_way: BTreeMap<Ino, u32>,
+    /// Files that came under a holding by this entry: until that is visible everywhere, others may show
+    /// what they knew of them.
+    newly_covered: BTreeMap<Ino, LogIndex>,
 }
 
 /// One command ahead of the log.
@@ -80,6 +83,19 @@ impl Layer {
 
     pub fn is_on_the_way(&self, ino: Ino) -> bool {
         self.on_the_way.contains_key(&ino)
+    }
+
+    pub fn is_newly_covered(&self, ino: Ino) -> bool {
+        self.newly_covered.contains_key(&ino)
+    }
+
+    pub fn note_covered(&mut self, ino: Ino, index: LogIndex) {
+        if self.newly_covered.len() >= NEWLY_COVERED_MAX
+            && let Some(oldest) = self.newly_covered.iter().min_by_key(|(_, index)| **index).map(|(ino, _)| *ino)
+        {
+            self.newly_covered.remove(&oldest);
+        }
+        self.newly_covered.insert(ino, index);
     }
 
     /// Whether the log has come to this layer's next command.
@@ -198,8 +214,8 @@ impl Namespace {
 
     /// Forgets what is ahead of the log and not in it yet.
     pub fn drop_ahead(&mut self) {
-        let on_the_way = std::mem::take(&mut self.layer.on_the_way);
-        self.layer = Layer { on_the_way, ..Layer::default() };
+        let Layer { on_the_way, newly_covered, .. } = std::mem::take(&mut self.layer);
+        self.layer = Layer { on_the_way, newly_covered, ..Layer::default() };
     }
 
     /// A command of this server is about to go through the log: until [`Self::has_landed`] nothing happens
@@ -223,6 +239,18 @@ impl Namespace {
     /// Whether a command about the inode is on its way through the log.
     pub fn is_on_the_way(&self, ino: Ino) -> bool {
         self.layer.is_on_the_way(ino)
+    }
+
+    /// Whether the inode may come to be known to its holder alone, by something that others do not show yet.
+    pub fn is_between(&self, ino: Ino) -> bool {
+        self.layer.is_on_the_way(ino) || self.layer.is_newly_covered(ino)
+    }
+
+    /// Every server shows what is in the log up to here.
+    pub fn is_visible(&mut self, index: LogIndex) {
+        if !self.layer.newly_covered.is_empty() {
+            self.layer.newly_covered.retain(|_, by| *by > index);
+        }
     }
 
     /// Inodes whose records the command may change.
@@ -295,7 +323,7 @@ impl Namespace {
     /// # Errors
     /// The store failed.
     pub fn take_ahead_of(&mut self, old: &mut Namespace) -> Result<Vec<RequestId>, StoreError> {
-        let Layer { waiting, holder, closed, on_the_way, born, .. } = std::mem::take(&mut old.layer);
+        let Layer { waiting, holder, closed, on_the_way, newly_covered, born, .. } = std::mem::take(&mut old.layer);
         self.layer.born = born;
         let mut lost = Vec::new();
         for Waiting { mut command, .. } in waiting {
@@ -305,7 +333,7 @@ impl Namespace {
             }
         }
         // Only now: these had happened before anything was closed or set out.
-        (self.layer.closed, self.layer.on_the_way) = (closed, on_the_way);
+        (self.layer.closed, self.layer.on_the_way, self.layer.newly_covered) = (closed, on_the_way, newly_covered);
         Ok(lost)
     }
 
@@ -345,6 +373,8 @@ impl Namespace {
 
 /// Files that are remembered to be new; the bytes of others are changed through the log at first.
 const BORN_MAX: usize = 1 << 20;
+/// Files that are remembered to have come under a holding; older ones are visible long since.
+const NEWLY_COVERED_MAX: usize = 1 << 16;
 /// Commands that may be ahead of the log at once: some tens of megabytes, and about a second of work
 /// for those who apply them.
 pub const AHEAD_MAX: usize = 16384;

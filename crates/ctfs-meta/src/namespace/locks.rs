@@ -176,6 +176,8 @@ impl Apply<'_, '_> {
     }
 
     fn unlist(&mut self, ino: Ino, owner: LockOwner, ticket: u64) -> Outcome<()> {
+        // Others wait elsewhere, and their number is one for the whole life.
+        self.txn.goes_beyond();
         let waits = self.waits_of_life(owner)?.saturating_sub(1);
         let key = keys::waits_of_life(owner);
         if waits == 0 { self.txn.delete(key) } else { self.txn.put(key, &waits) }

@@ -287,6 +287,11 @@ impl Namespace {
             // None of it happens any more.
             self.drop_ahead();
         }
+        for (_, change) in &applied.changes {
+            if let Change::Covered { ino } = change {
+                self.layer.note_covered(*ino, index);
+            }
+        }
         self.store.write(batch)?;
         for (ino, cuts) in moved {
             match cuts {

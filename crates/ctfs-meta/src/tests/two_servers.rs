@@ -471,7 +471,7 @@ fn a_file_that_comes_under_a_holding_is_told_of_and_one_that_is_made_there_is_no
     let holder = world.servers[0].holder();
     world.propose(0, Op::ReserveInos { count: 1000 }).unwrap();
     world.propose(0, Op::Own { ino: Ino::ROOT, holder, although_shared: false }).unwrap();
-    let mut told = |world: &mut World, op: Op| {
+    let told = |world: &mut World, op: Op| {
         let command = world.servers[0].command(About::Ahead, op, 1);
         let at = world.servers[0].ns.applied().next();
         let applied = world.servers[0].ns.apply(at, &[command], Batch::new()).unwrap();

@@ -5,10 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ctfs_types::Ino;
 use tokio::sync::Notify;
 use tracing::warn;
 
-use super::{Inode, Shared, flush::Cut};
+use super::{Inode, Shared, flush::Cut, sharing::WriteMode};
 
 /// How often the background looks around unasked.
 const TICK: Duration = Duration::from_millis(500);
@@ -18,6 +19,10 @@ const RETRY_LAST: Duration = Duration::from_secs(30);
 /// Unflushed bytes over this share of the tier (one in so many) are flushed whatever their age.
 /// Writers wait from one half on.
 const PRESSURE_SHARE: u64 = 4;
+/// A file with more to flush than this is waited for when it is closed.
+const DUE_BYTES_MAX: u64 = 1 << 20;
+/// With so many files to flush, each that is closed is waited for.
+const DUE_INODES_MAX: usize = 256;
 /// Inodes kept in memory although nobody has them open, before they are looked through.
 const IDLE_INODES_MAX: usize = 4096;
 
@@ -51,6 +56,27 @@ impl Shared {
         self.drop_reaped();
         self.start_flushes();
         self.drop_idle();
+    }
+
+    pub(super) fn flush_soon(&self, ino: Ino) -> bool {
+        let Some(inode) = self.inodes.lock().get(&ino).cloned() else { return false };
+        let is_held = || {
+            let ns = self.meta.replica().read();
+            matches!(ns.cover(ino), Ok(Some((_, holder))) if holder == self.meta.holder())
+        };
+        let is_small = inode.entry.dirty_bytes() <= DUE_BYTES_MAX && self.pending.lock().len() <= DUE_INODES_MAX;
+        if !is_small || self.short_of_disk.load(Relaxed) || !is_held() || !matches!(self.write_mode(&inode), Ok(Some(WriteMode::Buffer))) {
+            return false;
+        }
+        let mut local = inode.local.lock();
+        if local.error.is_some() || local.failures > 0 || local.in_doubt {
+            return false;
+        }
+        local.due = local.since.is_some();
+        if local.due {
+            self.kick.notify_one();
+        }
+        true
     }
 
     fn drop_reaped(&self) {
@@ -88,7 +114,7 @@ impl Shared {
             if local.in_background || local.retry_at.is_some_and(|at| at > now) {
                 continue;
             }
-            let cut = if pressure || now.duration_since(since) >= self.settings.dirty_age_max {
+            let cut = if local.due || pressure || now.duration_since(since) >= self.settings.dirty_age_max {
                 Cut::Everything
             } else if dirty > self.settings.dirty_inode_bytes && !inode.entry.dirty_cells(true).is_empty() {
                 Cut::WholeCells

@@ -101,7 +101,7 @@ impl Default for ContentSettings {
             room_patience: Duration::from_secs(30),
             put_age_max: Duration::from_secs(300),
             transfers: 8,
-            flushes: 4,
+            flushes: 8,
         }
     }
 }
@@ -194,6 +194,8 @@ struct Local {
     retry_at: Option<Instant>,
     /// A background flush is under way.
     in_background: bool,
+    /// Closed and not waited for: the background flushes it at once.
+    due: bool,
     /// Whether a command about the file happened is not known; see [`doubt`].
     in_doubt: bool,
 }
@@ -455,6 +457,24 @@ impl Content {
             Change::Usage { .. } => self.shared.usage_changed.notify_waiters(),
             // Changed bytes need nothing: the extents say it to whoever reads.
             _ => {}
+        }
+    }
+
+    /// Has the background flush a file that is being closed, if nobody has to wait for that: what this
+    /// server alone knows of it is asked of this server by everybody. Answers whether it will.
+    pub fn flush_soon(&self, ino: Ino) -> bool {
+        self.shared.flush_soon(ino)
+    }
+
+    /// Waits for what [`Self::flush_soon`] left to the background.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub async fn flush_if_due(&self, ino: Ino) -> Result<(), FsError> {
+        let inode = self.shared.inodes.lock().get(&ino).cloned();
+        match inode {
+            Some(inode) if inode.local.lock().due => self.shared.flush(ino).await,
+            _ => Ok(()),
         }
     }
 

@@ -140,7 +140,7 @@ impl Shared {
         let is_held = matches!(attr.usage, FileUse::Owned { holder, .. } if holder == self.meta.holder());
         let unseen = match ns.cover(ino)? {
             // So is all of it, if it holds the directory.
-            Some((dir, _)) if !ns.is_on_the_way(dir) => None,
+            Some((dir, _)) if !ns.is_on_the_way(dir) && !ns.is_between(ino) => None,
             _ => self.meta.unseen_change(&if is_held { Subject::Holder(ino) } else { Subject::Inode(ino) }),
         };
         let size = shown_size(&attr, local_size, cut);

@@ -212,6 +212,7 @@ impl Shared {
             return false;
         }
         local.since = None;
+        local.due = false;
         self.pending.lock().remove(&inode.ino);
         true
     }

@@ -163,14 +163,19 @@ impl Vfs {
         Ok(done as u32)
     }
 
-    /// One descriptor of the handle was closed: everything written is durable when this answers, so
-    /// that whoever opens the file next, anywhere, sees it. Drops the process's record locks.
+    /// One descriptor of the handle was closed: whoever opens the file next, anywhere, sees everything
+    /// that was written. Where this server holds the directory, little is written back just after; else
+    /// it is durable when this answers. Drops the process's record locks.
     ///
     /// # Errors
     /// What this handle has not been told yet of lost writes, once.
     pub async fn flush(&self, ino: Ino, handle: HandleId, owner: u64) -> Result<(), FsError> {
         let mode = self.handles.mode(handle, ino)?;
-        let written = if mode.write { self.write_back(ino, handle).await } else { Ok(()) };
+        let written = match mode.write {
+            true if self.content.flush_soon(ino) => self.handles.take_error(handle).map_or(Ok(()), Err),
+            true => self.write_back(ino, handle).await,
+            false => Ok(()),
+        };
         // Also after a failure: the descriptor is closed whatever we say.
         let unlocked = self.drop_locks_of(ino, owner).await;
         written.and(unlocked)
@@ -181,7 +186,9 @@ impl Vfs {
     pub async fn fsync(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, ino)?;
         self.write_back(ino, handle).await?;
-        self.meta.settled().await
+        let settled = self.meta.settled().await;
+        // Also what was lost meanwhile.
+        self.handles.take_error(handle).map_or(settled, Err)
     }
 
     async fn write_back(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {

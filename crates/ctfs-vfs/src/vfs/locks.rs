@@ -148,6 +148,8 @@ impl Vfs {
             (Ok(Reply::Locked), _) => Ok(()),
             (Ok(Reply::Queued), Some(place)) => {
                 drop(turn);
+                // Answered: its verdict need not be remembered for as long as the lock is waited for.
+                drop(request);
                 self.wait_for_lock(ino, lock, had, place, thread, connection).await
             }
             (Ok(other), _) => Err(unexpected(&other)),

@@ -151,6 +151,14 @@ impl Vfs {
             _ => return Err(FsError::Invalid("flags of rename")),
         };
         let (name, new_name) = (FileName::new(name)?, FileName::new(new_name)?);
+        let (moved, replaced) = {
+            let ns = self.meta.replica().read();
+            (ns.lookup(from, &name)?, ns.lookup(to, &new_name)?)
+        };
+        if let (Some(moved), Some(_)) = (moved, replaced) {
+            // What was there goes for good, also when the power goes: not before the new content is safe.
+            self.content.flush_if_due(moved).await?;
+        }
         self.meta.propose(Op::Rename { from, name, to, new_name, mode }).await.map(drop)
     }
 

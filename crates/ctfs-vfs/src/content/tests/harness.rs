@@ -258,7 +258,7 @@ struct Access {
 
 #[async_trait]
 impl Metadata for Access {
-    fn happen(&self, _: &Op) -> Option<Result<Reply, FsError>> {
+    fn happen(&self, _: &Op) -> Option<crate::Happened> {
         None
     }
 

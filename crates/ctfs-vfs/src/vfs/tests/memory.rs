@@ -19,7 +19,7 @@ use bytes::Bytes;
 use ctfs_chunk::{CacheTier, TierSettings};
 use ctfs_meta::{About, Ahead, Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace, Subject};
 use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId};
-use ctfs_vfs::{ChunkAccess, FsError, Holders, Metadata, Request, SpaceReport, Vfs, VfsSettings};
+use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport, Vfs, VfsSettings};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
@@ -215,7 +215,7 @@ impl Metadata for MemoryMeta {
     }
 
     /// All servers share one replica, so the log has the command in the same moment.
-    fn happen(&self, op: &Op) -> Option<Result<Reply, FsError>> {
+    fn happen(&self, op: &Op) -> Option<Happened> {
         if !self.leased() || self.cut_off.load(Ordering::SeqCst) {
             return None;
         }
@@ -226,7 +226,7 @@ impl Metadata for MemoryMeta {
         let mut command = Command { request, answered: 0, at: std::time::SystemTime::now().into(), about: About::Ahead, op: op.clone() };
         match replica.apply_ahead(&mut command, self.holder()).unwrap() {
             Ahead::NotAlone => None,
-            Ahead::Refused(why) => Some(Err(why.into())),
+            Ahead::Refused(why) => Some(Happened::Answered(Err(why.into()))),
             Ahead::Happened { reply, .. } => {
                 *order += 1;
                 let index = LogIndex(*order);
@@ -238,7 +238,7 @@ impl Metadata for MemoryMeta {
                 for listener in self.cluster.listeners.lock().iter() {
                     listener(self.node, index, &changes);
                 }
-                Some(Ok(reply))
+                Some(Happened::Answered(Ok(reply)))
             }
         }
     }

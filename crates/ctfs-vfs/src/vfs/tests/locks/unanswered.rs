@@ -50,7 +50,7 @@ impl Metadata for Line {
         Arc::new(OverLine(self.clone(), Metadata::request(&*self.meta)))
     }
 
-    fn happen(&self, _: &Op) -> Option<Result<Reply, FsError>> {
+    fn happen(&self, _: &Op) -> Option<crate::Happened> {
         None
     }
 
