@@ -224,7 +224,11 @@ impl Vfs {
     pub async fn give_up(&self, ino: Ino) -> Result<(), FsError> {
         let kind = self.meta.replica().read().attr(ino)?.map(|attr| attr.kind);
         match kind {
-            Some(FileKind::Directory) => self.delegations.give_up(ino).await,
+            Some(FileKind::Directory) => {
+                self.delegations.give_up(ino).await?;
+                self.content.give_up_soon();
+                Ok(())
+            }
             _ => self.content.give_up(ino).await,
         }
     }

@@ -9,7 +9,7 @@ use ctfs_types::Ino;
 use tokio::sync::Notify;
 use tracing::warn;
 
-use super::{Inode, Shared, flush::Cut, sharing::WriteMode};
+use super::{Inode, Shared, flush::Cut, sharing::{GIVE_UP_MAX, WriteMode}};
 
 /// How often the background looks around unasked.
 const TICK: Duration = Duration::from_millis(500);
@@ -41,13 +41,17 @@ pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
 
 /// As [`run`], for what may wait for a majority: flushes and room must not wait with it.
 pub(super) async fn give_up(shared: Weak<Shared>) {
+    let Some(wanted) = shared.upgrade().map(|shared| shared.wanted.clone()) else { return };
     loop {
-        tokio::time::sleep(TICK).await;
+        let is_wanted = tokio::time::timeout(TICK, wanted.notified()).await.is_ok();
         let Some(shared) = shared.upgrade() else { return };
         if shared.closed.load(Relaxed) {
             return;
         }
-        shared.give_up_idle().await;
+        let pieces = if is_wanted { shared.idle.lock().len().div_ceil(GIVE_UP_MAX) } else { 1 };
+        for _ in 0..pieces {
+            shared.give_up_idle().await;
+        }
     }
 }
 

@@ -138,6 +138,8 @@ struct Shared {
     reaped: Mutex<Vec<Ino>>,
     /// Files that this server may still hold although nobody here writes them.
     idle: Mutex<BTreeSet<Ino>>,
+    /// Another server is looking around here: what is idle is given up at once.
+    wanted: Arc<Notify>,
     /// Told when some file may have changed hands.
     usage_changed: Notify,
     /// Wakes the background task.
@@ -253,6 +255,7 @@ impl Content {
             inodes: Mutex::default(),
             pending: Mutex::default(),
             reaped: Mutex::default(),
+            wanted: Arc::default(),
             idle: Mutex::default(),
             usage_changed: Notify::new(),
             kick: kick.clone(),
@@ -354,6 +357,12 @@ impl Content {
     /// lost bytes.
     pub async fn life_ended(&self) -> Vec<Ino> {
         self.shared.life_ended().await
+    }
+
+    /// Another server is looking around here: gives up what nobody here uses, so that it need not ask for
+    /// each file.
+    pub fn give_up_soon(&self) {
+        self.shared.wanted.notify_one();
     }
 
     /// Gives up every file held here that has nothing pending.

@@ -40,7 +40,7 @@ const CALL_PATIENCE: Duration = Duration::from_secs(8);
 /// as this server has, that it holds the file.
 const PEEK_AGAIN: Duration = Duration::from_millis(2);
 /// Files given up by one command.
-const GIVE_UP_MAX: usize = 512;
+pub(super) const GIVE_UP_MAX: usize = 512;
 
 /// What a write does with its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -88,6 +88,24 @@ async fn whoever_looks_on_another_server_has_it_given_up_first() {
 }
 
 #[tokio::test]
+async fn with_a_directory_the_files_go_that_nobody_uses() {
+    let world = World::with(2, settings());
+    let dir = held(&world).await;
+    let mut files = Vec::new();
+    for number in 0..20 {
+        files.push(file(world.vfs(0), dir, &format!("f{number}"), b"bytes").await.ino);
+    }
+    let is_held = |ino: &Ino| matches!(world.servers[0].meta.replica().read().attr(*ino).unwrap().unwrap().usage, FileUse::Owned { .. });
+    assert!(files.iter().all(is_held));
+    let asked = std::time::Instant::now();
+    world.vfs(1).lookup(dir, b"first").await.unwrap();
+    while files.iter().any(is_held) {
+        tokio::task::yield_now().await;
+    }
+    println!("after {:?}", asked.elapsed());
+}
+
+#[tokio::test]
 async fn whoever_changes_something_on_another_server_has_it_given_up_first() {
     let world = World::with(2, settings());
     let dir = held(&world).await;
