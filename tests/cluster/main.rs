@@ -11,6 +11,7 @@ mod faults;
 mod fidelity;
 mod held;
 mod input;
+mod journal;
 mod members;
 mod model;
 mod posix;

@@ -143,6 +143,13 @@ impl Cluster {
         self.script(&["kill", &server.to_string()]);
     }
 
+    /// The daemon of a server, to be killed without starting a program: that closes the descriptors of
+    /// this one once more, and a close writes back what was written through them.
+    pub fn daemon(&self, server: usize) -> Daemon {
+        let pid = self.script(&["pid", &server.to_string()]).trim().parse().expect("a process id");
+        Daemon(rustix::process::Pid::from_raw(pid).expect("a process id"))
+    }
+
     pub fn restart(&self, server: usize) {
         // The mount of a killed daemon is dead; a new daemon replaces it.
         self.script(&["start", &server.to_string()]);
@@ -152,6 +159,12 @@ impl Cluster {
     pub fn command_start(&self, server: usize) -> String {
         let output = self.command(&["start", &server.to_string()]).output().expect("run scripts/cluster");
         text(&output.stdout) + &text(&output.stderr)
+    }
+
+    /// What the log of a server must say.
+    pub fn says(&self, server: usize, what: &str) {
+        let log = fs::read_to_string(self.state(server).join("ctfs.log")).expect("read the log");
+        assert!(log.contains(what), "s{server} never said {what:?}");
     }
 
     pub fn wait_healthy(&self, server: usize) {
@@ -174,6 +187,14 @@ impl Cluster {
             }
         }
         story
+    }
+}
+
+pub struct Daemon(rustix::process::Pid);
+
+impl Daemon {
+    pub fn kill(self) {
+        rustix::process::kill_process(self.0, rustix::process::Signal::KILL).expect("kill the daemon");
     }
 }
 

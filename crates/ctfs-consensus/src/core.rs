@@ -139,6 +139,8 @@ pub(crate) struct Core {
     pub numbers: Mutex<Numbers>,
     /// What happened here before it is in the log.
     pub stream: Stream,
+    /// The next number of a request in the name of a life that has ended.
+    pub left_seq: AtomicU64,
     pub doubts: Doubts,
     /// The leader refuses commands for which there must be room, as it said last.
     pub refuses_growth: AtomicBool,

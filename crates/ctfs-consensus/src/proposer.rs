@@ -338,7 +338,7 @@ impl Core {
 /// Whether the command is refused where there is no room for it. What has happened ahead of the log is not:
 /// it is bounded, and what frees room waits behind it.
 fn needs_room(command: &Command) -> bool {
-    grows(&command.op) && command.about != About::Ahead
+    grows(&command.op) && matches!(command.about, About::Inodes(_))
 }
 
 pub(crate) fn encoded_bytes(command: &Command) -> usize {

@@ -7,9 +7,9 @@ use std::{
     time::Duration,
 };
 
-use ctfs_journal::Journal;
-use ctfs_meta::{Command, MetaError, Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{Incarnation, LogIndex, NodeId};
+use ctfs_journal::{Depth, Journal};
+use ctfs_meta::{Command, Durability, MetaError, Op, Reply, SharedNamespace, Subject};
+use ctfs_types::{FileBytes, Incarnation, Ino, LogIndex, NodeId};
 use openraft::{
     Config, Raft, SnapshotPolicy, Vote,
     raft::{AppendEntriesRequest, InstallSnapshotRequest, VoteRequest, VoteResponse},
@@ -32,7 +32,8 @@ use crate::{
     proposer::{self, Doubts, Request},
     raft_types::{TypeConfig, raft_node},
     relay::Relay,
-    replay::Replayed,
+    replay::{self, Replayed},
+    second::Second,
     settings::{Limits, Settings, Timings},
     status::ConsensusStatus,
     storage::Storage,
@@ -112,6 +113,7 @@ impl Consensus {
             places: Arc::new(Semaphore::new(queued)),
             numbers: Mutex::new(Numbers::default()),
             stream: Stream::default(),
+            left_seq: AtomicU64::new(replay::first_seq()),
             doubts: Doubts::default(),
             refuses_growth: AtomicBool::new(false),
             changing: tokio::sync::Mutex::new(()),
@@ -199,13 +201,58 @@ impl Consensus {
         self.core.stream.set_journal(journal);
     }
 
-    /// Sends commands of an earlier life of this server, in their order. Before the new life is reported.
+    /// From here on what shall be on two disks is on this server's and on that one's.
+    pub fn set_second(&self, second: Second) {
+        self.core.stream.second.send_replace(second);
+    }
+
+    /// Sends commands that a life left in its journal, in their order: an earlier one of this server,
+    /// before the new one is reported, or one that was ended and whose pair this is.
     ///
     /// # Errors
     /// [`ProposeError::NoQuorum`], [`ProposeError::NoSpace`], [`ProposeError::Stopped`]: send all of them
     /// again later.
-    pub async fn replay(&self, commands: &[Command]) -> Result<Replayed, ProposeError> {
+    pub async fn replay(&self, commands: Vec<Command>) -> Result<Replayed, ProposeError> {
         self.core.replay(commands).await
+    }
+
+    /// As [`Self::replay`], something that the life did not say itself: what its journal means.
+    ///
+    /// # Errors
+    /// As [`Self::replay`]; it may have happened.
+    pub async fn propose_left(&self, life: Incarnation, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+        self.core.propose_left(life, op).await
+    }
+
+    /// Writes bytes of a file into the journal of this life, and answers where; `None`: there is none, or
+    /// it has no room. Others must not have the file meanwhile.
+    pub fn write_down(&self, bytes: &FileBytes) -> Option<u64> {
+        self.core.write_down(bytes)
+    }
+
+    /// The metadata have what was written down of a file up to there, or the file is gone.
+    pub fn let_go(&self, ino: Ino, upto: u64) {
+        self.core.let_go(ino, upto);
+    }
+
+    /// What the journal has before this position is needed by nobody.
+    pub fn kept_from(&self) -> u64 {
+        self.core.kept_from()
+    }
+
+    /// Returns when all that happened and was written down here before the call is on as many disks as
+    /// asked for. `false`: the journal alone does not do that now.
+    ///
+    /// # Errors
+    /// [`ProposeError::LifeEnded`]: some of it is lost, and who asks for it has not been told. As
+    /// [`Self::barrier`].
+    pub async fn durable(&self, class: Durability) -> Result<bool, ProposeError> {
+        self.core.durable(class).await
+    }
+
+    /// How much is in the journal of this life.
+    pub fn journal_depth(&self) -> Option<Depth> {
+        self.core.stream.journal.lock().as_ref().map(|journal| journal.depth())
     }
 
     /// Returns when everything that happened here before the call is in the log and visible.

@@ -61,6 +61,9 @@ pub struct Timings {
     pub propose_deadline: Duration,
     /// After this [`crate::Consensus::barrier`] gives up.
     pub barrier_deadline: Duration,
+    /// After this the journal and its copy are no longer waited for: what shall be durable gets there
+    /// otherwise.
+    pub journal_patience: Duration,
 }
 
 impl Timings {
@@ -87,6 +90,7 @@ impl Timings {
             renew: lan.renew - rtt * 2,
             // An election takes up to twice `election_max`; what waits for it should not fail.
             propose_deadline: lan.propose_deadline.max(election_max * 2 + lan.lease),
+            journal_patience: lan.journal_patience + rtt * 4,
             ..lan
         }
     }
@@ -119,6 +123,7 @@ impl Default for Timings {
             renew: Duration::from_secs(1),
             propose_deadline: Duration::from_secs(8),
             barrier_deadline: Duration::from_secs(5),
+            journal_patience: Duration::from_secs(1),
         }
     }
 }

@@ -33,8 +33,10 @@ use crate::{
     error::ProposeError,
     health::grows,
     proposer::Outcome,
-    replay::encode_record,
+    record,
+    second::Second,
     settings::Limits,
+    written::Written,
 };
 
 /// Before a batch that found no room is tried again.
@@ -81,7 +83,11 @@ pub(crate) struct Stream {
     /// Something is lost, and who asks for it has not been told.
     is_untold: AtomicBool,
     /// Where what happens is written down before it is answered. Without one nothing happens here.
-    journal: Mutex<Option<Arc<Journal>>>,
+    pub journal: Mutex<Option<Arc<Journal>>>,
+    /// Who has it, too.
+    pub second: watch::Sender<Second>,
+    /// What of it are bytes that are nowhere else.
+    pub written: Mutex<Written>,
 }
 
 /// Counts of commands that have happened.
@@ -101,9 +107,24 @@ struct Queued {
 }
 
 impl Stream {
-    fn push(&self, command: Command, bytes: usize, position: Position) {
+    /// Writes the command down, and queues it for the log.
+    fn push(&self, journal: &Journal, command: Command) {
+        let record = record::of_command(&command);
+        // But for some bytes in front these are those that the log takes.
+        let bytes = record.len();
+        let mut queue = self.queue.lock();
+        // Under the lock, or else it could be trimmed before it is queued.
+        let position = match journal.append(record.into()) {
+            Ok(position) => position,
+            Err(error) => {
+                tracing::error!(%error, "what happens here is not written down; from here on nothing does");
+                *self.journal.lock() = None;
+                Position::NONE
+            }
+        };
         self.bytes.fetch_add(bytes, Relaxed);
-        self.queue.lock().push_back(Queued { at: Instant::now(), command, bytes, position });
+        queue.push_back(Queued { at: Instant::now(), command, bytes, position });
+        drop(queue);
         self.happened.send_modify(|count| *count += 1);
         self.ready.notify_one();
     }
@@ -126,10 +147,9 @@ impl Stream {
     /// `life_ended`: for that reason, so [`Core::end_stream`] is about to be called.
     fn finish(&self, commands: &[Command], lost: bool, life_ended: bool) {
         let mut queue = self.queue.lock();
-        let (mut finished, mut upto) = (0, Position::NONE);
+        let mut finished = 0;
         for command in commands {
             if let Some(queued) = queue.pop_front_if(|queued| queued.command.request == command.request) {
-                upto = queued.position;
                 finished += 1;
                 self.bytes.fetch_sub(queued.bytes, Relaxed);
                 if life_ended {
@@ -141,10 +161,23 @@ impl Stream {
             self.is_untold.store(true, Relaxed);
         }
         drop(queue);
-        if let Some(journal) = self.journal.lock().as_ref().filter(|_| finished > 0) {
-            journal.trim(upto);
+        if finished > 0 {
+            self.trim();
         }
         self.advance(finished, lost);
+    }
+
+    /// Lets the journal drop what nobody needs any more.
+    pub fn trim(&self) {
+        let (queue, written) = (self.queue.lock(), self.written.lock());
+        let needed = queue.front().map(|queued| queued.position).into_iter().chain(written.first()).min();
+        if let Some(journal) = self.journal.lock().as_ref() {
+            journal.trim(needed.map_or(journal.depth().appended, Position::before));
+        }
+    }
+
+    pub fn is_untold(&self) -> bool {
+        self.is_untold.load(Relaxed)
     }
 
     fn advance(&self, finished: u64, lost: bool) {
@@ -229,18 +262,7 @@ impl Core {
             Ok(Ahead::Happened { reply, changes }) => {
                 // Under the replica's lock: the order of the journal and of the log is that in which they
                 // happened.
-                let record = encode_record(&command);
-                // But for the version byte these are the bytes that the log takes.
-                let bytes = record.len();
-                let position = match journal.append(record.into()) {
-                    Ok(position) => position,
-                    Err(error) => {
-                        tracing::error!(%error, "what happens here is not written down; from here on nothing does");
-                        *self.stream.journal.lock() = None;
-                        Position::NONE
-                    }
-                };
-                self.stream.push(command, bytes, position);
+                self.stream.push(&journal, command);
                 // A lease that still holds: nobody else can have changed any of it before it happened.
                 let is_sure = self.leased();
                 drop(replica);
@@ -306,7 +328,10 @@ impl Core {
     pub fn end_stream(&self) -> (Vec<Command>, Option<Arc<Journal>>) {
         let mut replica = self.replica.write();
         replica.drop_ahead();
-        (self.stream.clear(), self.stream.journal.lock().take())
+        let lost = self.stream.clear();
+        self.stream.written.lock().clear();
+        self.stream.second.send_replace(Second::Unknown);
+        (lost, self.stream.journal.lock().take())
     }
 
     async fn deliver(self: &Arc<Self>, commands: &[Command], bytes: usize) {

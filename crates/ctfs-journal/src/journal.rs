@@ -254,7 +254,7 @@ impl Journal {
     }
 
     /// Waits until the journal is closed or broken, and says which.
-    pub(crate) async fn ended(&self) -> JournalError {
+    pub async fn ended(&self) -> JournalError {
         self.until(|_| false).await.err().unwrap_or(JournalError::Closed)
     }
 

@@ -7,7 +7,7 @@ use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileNam
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    member::{Member, MemberState, Policy, TokenRecord},
+    member::{Durability, Member, MemberState, Policy, TokenRecord},
     quota::Quota,
 };
 
@@ -33,6 +33,18 @@ pub enum About {
     /// as its server knew what it is about; the log refuses it when it touches more of what that server
     /// alone may change.
     Inodes(Vec<Ino>),
+    /// A life of a server has ended with this in its journal, and whoever has the journal sends it: its
+    /// server's next life, or the pair's present one once the old one is fenced.
+    Left { by: Holder },
+}
+
+/// What a write holds of the journal of the life that gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Noted {
+    /// All bytes of the file that the journal has up to this position.
+    pub upto: u64,
+    /// Nothing before this position is needed of the journal any more.
+    pub kept_from: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +77,9 @@ pub enum Op {
         /// An append, placed by its writer: the size must still be this one, or nothing happens
         /// ([`crate::MetaError::SizeChanged`]).
         appends_at: Option<u64>,
+        /// The journal's bytes that are in it. One that says no more than an earlier one is refused
+        /// ([`crate::MetaError::NotedBefore`]).
+        noted: Option<Noted>,
     },
     /// Makes whole cells holes; the size stays. As with shrinking, only so many cells are freed at
     /// once; the others read as holes and are freed by [`Op::FreeCells`].
@@ -114,8 +129,9 @@ pub enum Op {
     /// Goes on freeing cells that earlier commands took away ([`crate::Namespace::unfreed`]), of
     /// inodes that are there or gone, open or not: nothing that can be read changes.
     FreeCells { inos: Vec<Ino> },
-    /// Ends a life of a server that nobody can reach: what it holds and has locked is free, and none
-    /// of its commands happens any more. Nothing if the server is in another life by now.
+    /// Ends a life of a server that nobody can reach: none of its commands happens any more, and what it
+    /// holds and has locked is free; where it has a pair, after [`Op::EndLife`]. Nothing if the server is in
+    /// another life by now.
     Fence { node: NodeId, incarnation: Incarnation },
     /// Takes a lock ([`Reply::Locked`]) or waits for it ([`Reply::Queued`]) behind those who came
     /// earlier, under a number that the owner's server uses once. How a wait ends is a [`Change`].
@@ -131,6 +147,11 @@ pub enum Op {
     /// Sets numbers aside that only this client makes inodes under ([`NewNode::ino`]), until its life
     /// ends: answered by [`Reply::Inos`]. From 1 to [`INOS_RESERVED_MAX`] of them.
     ReserveInos { count: u32 },
+    /// A life says which server has its journal from here on and takes over when it ends; `None`: nobody.
+    SetPair { life: Holder, pair: Option<NodeId> },
+    /// All that a fenced life left in its journal was sent by its pair, of which this is the present life:
+    /// what it held and had locked is free.
+    EndLife { life: Holder, by: Holder },
 }
 
 /// Most numbers that one [`Op::ReserveInos`] sets aside. So many that a busy server asks a few times
@@ -309,8 +330,8 @@ pub enum Change {
     /// Nothing refers to the chunk any more and its grace time is over: copies may go.
     ChunkForgotten { chunk: ChunkId },
     Members,
-    /// The life was ended from outside.
-    Fenced { node: NodeId, incarnation: Incarnation },
+    /// The life was ended from outside. With a pair: that server takes over what it left.
+    Fenced { node: NodeId, incarnation: Incarnation, pair: Option<NodeId> },
 }
 
 /// What a read of the namespace looks at, and a change is about.
@@ -363,4 +384,5 @@ pub struct EffectivePolicy {
     /// 0: as many as the cluster's size allows, at most 3.
     pub copies: u8,
     pub cell: CellSize,
+    pub durability: Durability,
 }

@@ -93,4 +93,10 @@ pub enum MetaError {
     /// Those that the client has must be used up first.
     #[error("too many ranges of inode numbers are reserved for this server")]
     TooManyReservations,
+    /// A write that is sent from a journal, whose bytes are there by an earlier one.
+    #[error("inode {0} has these bytes of the journal")]
+    NotedBefore(Ino),
+    /// Another takes over what the life left, or nobody: it goes on, or has ended.
+    #[error("not the one to take over from that life")]
+    NotTheSuccessor,
 }

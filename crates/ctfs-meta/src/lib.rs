@@ -22,10 +22,10 @@ mod tests;
 pub use command::{
     About,
     Cell, CellWrite, Change, ClusterIdentity, Command, EffectivePolicy, Lock, LockKind, LockOwner, NewContent, NewNode,
-    INOS_RESERVED_MAX, Op, RenameMode, Reply, SetAttr, Subject, XattrMode,
+    INOS_RESERVED_MAX, Noted, Op, RenameMode, Reply, SetAttr, Subject, XattrMode,
 };
 pub use error::MetaError;
-pub use member::{Member, MemberState, Policy, TokenRecord};
+pub use member::{Durability, Member, MemberState, Policy, TokenRecord};
 pub use namespace::{AHEAD_MAX, Ahead, Applied, ChunkRecord, Cover, DirEntry, Namespace, Totals, Wish};
 pub use quota::{Quota, QuotaUse};
 pub use store::{Batch, MemoryStore, Store, StoreError};

@@ -21,6 +21,8 @@ pub struct Member {
     pub incarnation: Incarnation,
     /// That life was ended by the others; its server goes on in a new one when it learns of it.
     pub fenced: bool,
+    /// Who has the journal of that life, and takes over what it left when it was ended.
+    pub pair: Option<NodeId>,
     pub version: String,
     pub joined: Timestamp,
 }
@@ -49,4 +51,21 @@ pub struct Policy {
     pub copies: Option<u8>,
     /// Grid of files made from now on.
     pub cell: Option<CellSize>,
+    /// What fsync waits for.
+    pub durability: Option<Durability>,
+}
+
+/// On how many disks something is when fsync says so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Durability {
+    /// On that of the server where it was written.
+    Local,
+    /// On two servers'; on one where there is only one.
+    #[default]
+    Pair,
+    /// The data on as many as there shall be copies, names and attributes on most.
+    Quorum,
+    /// On every server's.
+    All,
 }

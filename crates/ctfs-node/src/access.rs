@@ -6,10 +6,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{ChunkError, Chunks, PutError};
 use ctfs_consensus::{Consensus, ProposeError};
-use ctfs_meta::{MetaError, Op, Reply, SharedNamespace, Subject};
+use ctfs_meta::{Durability, MetaError, Op, Reply, SharedNamespace, Subject};
 use ctfs_net::Network;
-use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
-use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport};
+use ctfs_types::{Attr, ChunkId, FileBytes, Holder, Incarnation, Ino, LogIndex, NodeId};
+use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport, Successor};
 
 use crate::{
     messages::{self, HeldFile, service},
@@ -49,6 +49,19 @@ impl Request for Agreed {
     }
 }
 
+/// Commands in the name of a life that has ended.
+pub struct InTheNameOf {
+    pub consensus: Consensus,
+    pub life: Incarnation,
+}
+
+#[async_trait]
+impl Successor for InTheNameOf {
+    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
+        self.consensus.propose_left(self.life, op).await.map_err(no_quorum)?.map_err(FsError::Meta)
+    }
+}
+
 #[async_trait]
 impl Metadata for ReplicatedMetadata {
     fn replica(&self) -> &SharedNamespace {
@@ -68,6 +81,22 @@ impl Metadata for ReplicatedMetadata {
 
     async fn settled(&self) -> Result<(), FsError> {
         self.consensus.await_streamed().await.map_err(no_quorum)
+    }
+
+    fn write_down(&self, bytes: &FileBytes) -> Option<u64> {
+        self.consensus.write_down(bytes)
+    }
+
+    fn let_go(&self, ino: Ino, upto: u64) {
+        self.consensus.let_go(ino, upto);
+    }
+
+    fn kept_from(&self) -> u64 {
+        self.consensus.kept_from()
+    }
+
+    async fn durable(&self, class: Durability) -> Result<bool, FsError> {
+        self.consensus.durable(class).await.map_err(no_quorum)
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

@@ -5,13 +5,13 @@ use std::{path::Path, sync::{Arc, atomic::Ordering::Relaxed}, time::Duration};
 use async_trait::async_trait;
 use ctfs_chunk::{ChunkPeers, Placement, tier::Residency};
 use ctfs_meta::{Cell, Member, MemberState, Op, Policy};
-use ctfs_types::{Attr, ByteSize, ChunkId, ExtentData, FileKind, FileName, Ino, NodeId};
+use ctfs_types::{Attr, ByteSize, ChunkId, ExtentData, FileKind, FileUse, FileName, Ino, NodeId};
 use ctfs_vfs::FsError;
 
 use crate::{
     admin::{
         AdminHandler, CELLS_SHOWN_MAX, CacheDropReport, CacheReport, CachedAs, CellKind, CellReport, ChunksReport, DfReport, DfServer,
-        DoneReport, HolderReport, InfoReport, JobReport, MountReport, NodesReport, PingReport, PolicyReport, Request, Response, Room,
+        DoneReport, HolderReport, InfoReport, JobReport, JournalReport, MountReport, NodesReport, PingReport, PolicyReport, Request, Response, Room,
         ServerReport, ServerRole, ServerState, StatusReport, TokenReport, WirePath,
     },
     node::{Node, placement_of},
@@ -37,11 +37,12 @@ impl AdminHandler for Answers {
             Request::NodeRemove { name, force } => node.remove_member(&name, force).await.map(Response::Done),
             Request::Df { path } => node.df(path).map(Response::Df),
             Request::Info { path } => node.info(&path).await.map(Response::Info),
-            Request::PolicySet { path, copies, cell } => {
+            Request::PolicySet { path, copies, cell, durability } => {
                 let (ino, _) = node.resolve(path.as_path())?;
                 let mut policy = node.consensus.replica().read().policy(ino).map_err(store)?;
                 policy.copies = copies.or(policy.copies);
                 policy.cell = cell.or(policy.cell);
+                policy.durability = durability.or(policy.durability);
                 node.set_policy(ino, policy).await?;
                 node.policy(&path).map(Response::Policy)
             }
@@ -198,6 +199,13 @@ impl Node {
                 total: repair.total.load(Relaxed),
             });
         }
+        let depth = self.consensus.journal_depth().unwrap_or_default();
+        let journal = JournalReport {
+            pair: self.pair.borrow().and_then(name_of),
+            alone: members.len() == 1,
+            records: depth.records,
+            bytes: ByteSize(depth.bytes),
+        };
         let mounts = self.settings.mountpoint.clone().filter(|_| self.is_mounted()).map(|path| MountReport {
             path: WirePath::from(path),
             files: totals.files,
@@ -226,6 +234,8 @@ impl Node {
             applied: consensus.applied.0,
             term: consensus.term,
             leader: consensus.leader.and_then(name_of),
+            leased: consensus.leased,
+            journal,
         })
     }
 
@@ -376,8 +386,10 @@ impl Node {
             path: path.clone(),
             copies_set: set.copies,
             cell_set: set.cell.map(|cell| ByteSize(cell.bytes())),
+            durability_set: set.durability,
             copies: effective.copies,
             cell: ByteSize(effective.cell.bytes()),
+            durability: effective.durability,
             copies_now: Placement::copies_for(effective.copies, active) as u8,
         })
     }
@@ -386,11 +398,17 @@ impl Node {
         let (ino, mut attr) = self.resolve(path.as_path())?;
         self.vfs.content().overlay(&mut attr);
         let replica = self.consensus.replica();
-        let (policy, members, cells) = {
+        let (policy, members, cells, holder) = {
             let namespace = replica.read();
             let last = attr.cell.cell_of(attr.size.saturating_sub(1)) + 1;
             let cells = if attr.kind == FileKind::File { namespace.cells(ino, 0, last).map_err(store)? } else { Vec::new() };
-            (namespace.effective_policy(ino).map_err(store)?, namespace.members().map_err(store)?, cells)
+            let members = namespace.members().map_err(store)?;
+            let holder = match attr.usage {
+                FileUse::Owned { holder, .. } => Some(holder),
+                _ => namespace.cover(ino).map_err(store)?.map(|(_, holder)| holder),
+            };
+            let holder = holder.and_then(|holder| members.iter().find(|member| member.node == holder.node)).map(|member| member.name.clone());
+            (namespace.effective_policy(ino).map_err(store)?, members, cells, holder)
         };
         let placement = placement_of(&members);
         let active = members.iter().filter(|m| m.state == MemberState::Active).count();
@@ -463,6 +481,8 @@ impl Node {
             copies: policy.copies,
             copies_now: Placement::copies_for(policy.copies, active) as u8,
             cell: ByteSize(cell_bytes),
+            durability: policy.durability,
+            holder,
             cells: shown.iter().map(cell_report).collect(),
             cells_more,
             cached: ByteSize((clean + unflushed).min(attr.size)),

@@ -25,6 +25,7 @@ fn member() -> Member {
         incarnation: Incarnation(2),
         version: "0.1.0".into(),
         fenced: false,
+        pair: None,
         joined: Timestamp::new(1_000_000, 5),
     }
 }

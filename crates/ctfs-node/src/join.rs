@@ -71,6 +71,7 @@ impl Doorman {
                     incarnation: Incarnation(0),
                     version: request.version,
                     fenced: false,
+                    pair: None,
                     joined: Timestamp::from(SystemTime::now()),
                 };
                 let token = *blake3::hash(&request.secret).as_bytes();

@@ -7,8 +7,11 @@
 use std::{path::PathBuf, sync::Arc};
 
 use ctfs_consensus::{Consensus, ProposeError};
-use ctfs_journal::{Disk, Journal, JournalError, JournalId, OldLife, Position, Settings, SystemDisk, lives};
-use ctfs_types::{Incarnation, NodeId};
+use ctfs_journal::{Disk, Journal, JournalError, JournalId, OldLife, Position, Record, Settings, SystemDisk, lives};
+use ctfs_types::{Holder, Incarnation, NodeId};
+use ctfs_vfs::{FsError, Vfs};
+
+use crate::access::InTheNameOf;
 
 /// Read from a journal at once.
 const PIECE_BYTES: usize = 1 << 20;
@@ -30,6 +33,8 @@ pub enum ReplayError {
     Record(String),
     #[error(transparent)]
     Log(#[from] ProposeError),
+    #[error(transparent)]
+    Files(#[from] FsError),
 }
 
 impl Journals {
@@ -54,7 +59,7 @@ impl Journals {
     ///
     /// # Errors
     /// The journals stay, and all may be asked again.
-    pub async fn replay(&self, life: Incarnation, consensus: &Consensus) -> Result<(), ReplayError> {
+    pub async fn replay(&self, life: Incarnation, consensus: &Consensus, vfs: &Vfs) -> Result<(), ReplayError> {
         let this = self.clone();
         let found = blocking(move || match lives(&*Self::disk(), &this.root, this.cluster) {
             Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -63,31 +68,50 @@ impl Journals {
         .await?;
         for id in found.into_iter().filter(|id| id.node == self.node && id.incarnation < life) {
             let root = self.root.clone();
-            let mut old = Some(blocking(move || OldLife::recover(Self::disk(), &root, id)).await?);
-            let mut next = old.as_ref().map_or(Position::NONE, OldLife::kept_from);
-            loop {
-                let (back, records) = {
-                    let old = old.take().expect("it is put back below");
-                    blocking(move || {
-                        let records = old.read(next, PIECE_BYTES)?;
-                        Ok((old, records))
-                    })
-                    .await?
-                };
-                old = Some(back);
-                let Some(last) = records.last() else { break };
-                next = last.position.next();
-                let commands = records.iter().map(|record| ctfs_consensus::decode_record(&record.payload));
-                let commands = commands.collect::<Result<Vec<_>, _>>().map_err(|error| ReplayError::Record(error.to_string()))?;
-                let replayed = consensus.replay(&commands).await?;
-                tracing::info!(happened = replayed.happened, lost = replayed.lost, life = %id.incarnation.0, "changes of an earlier life were sent again");
-            }
-            if let Some(old) = old {
-                blocking(move || old.remove()).await?;
-            }
+            let old = Arc::new(blocking(move || OldLife::recover(Self::disk(), &root, id)).await?);
+            let reader = old.clone();
+            send(id, old.kept_from(), Arc::new(move |from| reader.read(from, PIECE_BYTES)), consensus, vfs).await?;
+            let Ok(old) = Arc::try_unwrap(old) else { unreachable!("its reader ended") };
+            blocking(move || old.remove()).await?;
         }
         Ok(())
     }
+}
+
+/// Reads records of a journal from a position on; none past the last.
+pub type ReadRecords = Arc<dyn Fn(Position) -> Result<Vec<Record>, JournalError> + Send + Sync>;
+
+/// Sends what the life `id` left in a journal: first all commands, then the bytes of files that the
+/// metadata do not have yet.
+///
+/// # Errors
+/// All may be sent again.
+pub async fn send(id: JournalId, kept_from: Position, read: ReadRecords, consensus: &Consensus, vfs: &Vfs) -> Result<(), ReplayError> {
+    let (mut next, mut left) = (kept_from, Vec::new());
+    let (mut happened, mut lost) = (0, 0);
+    loop {
+        let (read, from) = (read.clone(), next);
+        let records = blocking(move || read(from)).await?;
+        let Some(last) = records.last() else { break };
+        next = last.position.next();
+        let mut commands = Vec::new();
+        for record in records {
+            match ctfs_consensus::Record::decode(&record.payload).map_err(|error| ReplayError::Record(error.to_string()))? {
+                ctfs_consensus::Record::Command(command) => commands.push(command),
+                ctfs_consensus::Record::Bytes(bytes) => left.push((record.position.0, bytes)),
+            }
+        }
+        let replayed = consensus.replay(commands).await?;
+        (happened, lost) = (happened + replayed.happened, lost + replayed.lost);
+    }
+    tracing::info!(happened, lost, bytes = left.len(), life = %id, "what an ended life left was sent");
+    if !left.is_empty() {
+        // What it says of its journal is in the log, and must be here.
+        consensus.barrier().await?;
+        let successor = InTheNameOf { consensus: consensus.clone(), life: id.incarnation };
+        vfs.write_left(Holder { node: id.node, incarnation: id.incarnation }, left, &successor).await?;
+    }
+    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(step: impl FnOnce() -> Result<T, JournalError> + Send + 'static) -> Result<T, JournalError> {

@@ -21,6 +21,7 @@ mod members;
 mod messages;
 mod names;
 mod node;
+mod pair;
 mod peers;
 pub mod problem;
 mod quotas;

@@ -97,8 +97,11 @@ pub async fn outlive(node: Arc<Node>) {
         }
         node.vfs.lost(lost.into_iter().map(|command| command.op));
         node.consensus.lost_is_told();
+        node.journal.send_replace(None);
+        node.pair.send_replace(None);
         // Its thread ends before the next life reads what is in it.
-        if let Err(error) = tokio::task::spawn_blocking(move || drop(journal)).await {
+        let closed = tokio::task::spawn_blocking(move || journal.map_or(Ok(()), |journal| journal.close())).await;
+        if let Ok(Err(error)) = closed {
             tracing::error!(%error, "the journal of the ended life was not closed");
         }
         node.vfs.life_ended().await;

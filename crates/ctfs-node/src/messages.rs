@@ -23,6 +23,10 @@ pub mod service {
     pub const PEEK: u16 = 0x0306;
     pub const GET_CHUNK: u16 = 0x0401;
     pub const PUT_CHUNK: u16 = 0x0402;
+    /// Records of the asking server's journal, for the copy that the answering one keeps; on a stream of
+    /// its own, because fsync waits for it.
+    pub const JOURNAL: u16 = 0x0501;
+    pub const JOURNAL_BULK: u16 = 0x0502;
 }
 
 const VERSION: u8 = 1;

@@ -15,6 +15,7 @@ use ctfs_chunk::{
 };
 use ctfs_consensus::Consensus;
 use ctfs_fuse::{Mount, MountSettings};
+use ctfs_journal::{Copies, CopySettings, Journal, SystemDisk};
 use ctfs_meta::{ClusterIdentity, Member, MemberState, MetaError, Op, Policy};
 use ctfs_net::{Authority, Identity, NetSettings, Network, PeerInfo};
 use ctfs_types::{Incarnation, Ino, NodeId, Timestamp};
@@ -32,6 +33,7 @@ use crate::{
     life,
     members::Membership,
     messages::{JoinReply, JoinRequest},
+    pair,
     peers::Peers,
     problem::{Code, Problem},
     repair::Repair,
@@ -57,6 +59,12 @@ const REPLAY_PAUSE: Duration = Duration::from_secs(1);
 /// A running server.
 pub struct Node {
     journals: Journals,
+    /// The journal of the present life.
+    pub(crate) journal: watch::Sender<Option<(Incarnation, Arc<Journal>)>>,
+    /// The server that has it, too, while it keeps up.
+    pub(crate) pair: watch::Sender<Option<NodeId>>,
+    /// Those of other servers, of which this is the pair.
+    pub(crate) copies: Arc<Copies>,
     pub(crate) settings: NodeSettings,
     pub(crate) state: Arc<StateDir>,
     pub(crate) id: NodeId,
@@ -192,8 +200,15 @@ impl Node {
         services.serve_cluster(doorman.clone(), membership.clone(), figures.clone());
 
         let journals = Journals::new(state.join("journal"), record.identity.id, id);
+        let copies = Copies::open(Arc::new(SystemDisk), &state.join("copies"), record.identity.id, CopySettings::default())
+            .map_err(|error| Problem::metadata(&format!("the copies of journals cannot be read: {error}")))?;
+        let copies = Arc::new(copies);
+        services.serve_copies(copies.clone());
         let node = Arc::new(Self {
             journals,
+            journal: watch::Sender::new(None),
+            pair: watch::Sender::new(None),
+            copies,
             doorman,
             settings,
             state,
@@ -243,7 +258,7 @@ impl Node {
             let member = self.member(self.id)?;
             if let Some(member) = member {
                 // Reporting this life ends the last one, and what it left behind.
-                if let Err(error) = self.journals.replay(incarnation, &self.consensus).await {
+                if let Err(error) = self.journals.replay(incarnation, &self.consensus, &self.vfs).await {
                     last = self.not_replayed(error)?;
                     tokio::time::sleep(REPLAY_PAUSE).await;
                     continue;
@@ -295,7 +310,7 @@ impl Node {
         let mut stopping = self.stop.subscribe();
         loop {
             let Ok(Some(member)) = self.member(self.id) else { return };
-            if let Err(error) = self.journals.replay(incarnation, &self.consensus).await {
+            if let Err(error) = self.journals.replay(incarnation, &self.consensus, &self.vfs).await {
                 match self.not_replayed(error) {
                     Ok(problem) => tracing::debug!(why = problem.why, "an earlier life is not in the log yet"),
                     Err(problem) => return self.end(problem),
@@ -330,6 +345,7 @@ impl Node {
         match error {
             ReplayError::Log(ctfs_consensus::ProposeError::Stopped(why)) => Err(Problem::metadata(&why)),
             ReplayError::Log(error) => Ok(Problem::no_quorum(&error.to_string())),
+            ReplayError::Files(error) => Ok(Problem::no_quorum(&error.to_string())),
             damaged => Err(Problem::metadata(&format!("the journal of an earlier life cannot be read: {damaged}"))),
         }
     }
@@ -337,7 +353,8 @@ impl Node {
     /// From here on this server may act ahead of the log, where it alone may change something.
     fn begin_journal(&self, life: Incarnation) -> Result<(), Problem> {
         let journal = self.journals.begin(life).map_err(|error| Problem::metadata(&error.to_string()))?;
-        self.consensus.set_journal(journal);
+        self.consensus.set_journal(journal.clone());
+        self.journal.send_replace(Some((life, journal)));
         Ok(())
     }
 
@@ -480,6 +497,8 @@ impl Node {
         self.spawn(life::end_silent(self.clone()));
         self.spawn(life::outlive(self.clone()));
         self.spawn(life::forget_at_lapse(self.clone()));
+        self.spawn(pair::keep(self.clone()));
+        self.spawn(pair::succeed(self.clone()));
 
         let node = Arc::downgrade(self);
         let (mut members, mut stopping) = (self.events.members(), stop());
@@ -726,6 +745,7 @@ async fn found(
         incarnation,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fenced: false,
+        pair: None,
         joined: Timestamp::from(SystemTime::now()),
     };
     let op = Op::Found { cluster: record.identity.clone(), member };
@@ -735,7 +755,7 @@ async fn found(
         Err(error) => return Err(Problem::metadata(&error.to_string())),
     }
     if settings.copies > 0 {
-        let policy = Policy { copies: Some(settings.copies), cell: None };
+        let policy = Policy { copies: Some(settings.copies), ..Policy::default() };
         match consensus.propose(Op::SetPolicy { ino: Ino::ROOT, policy }).await {
             Ok(Ok(_)) => {}
             Ok(Err(verdict)) => return Err(Problem::internal(&verdict.to_string())),

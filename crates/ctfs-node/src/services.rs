@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{ChunkStore, Chunks, PeerError, wire};
 use ctfs_consensus::Consensus;
+use ctfs_journal::Copies;
 use ctfs_net::Handler;
 use ctfs_types::{ChunkId, NodeId, limits::CHUNK_BYTES_MAX};
 use ctfs_vfs::Vfs;
@@ -20,6 +21,7 @@ use crate::{
     join::Doorman,
     members::Membership,
     messages::{self, HeldFile, LIST_MAX, OpenOrphans, service},
+    pair,
     peers::FULL,
     report::Figures,
 };
@@ -33,6 +35,7 @@ pub struct Services {
     consensus: OnceLock<Consensus>,
     chunks: OnceLock<(Arc<ChunkStore>, Chunks)>,
     vfs: OnceLock<Arc<Vfs>>,
+    copies: OnceLock<Arc<Copies>>,
     doorman: OnceLock<Arc<Doorman>>,
     membership: OnceLock<Arc<Membership>>,
     figures: OnceLock<Arc<Figures>>,
@@ -57,6 +60,10 @@ impl Services {
 
     pub fn serve_vfs(&self, vfs: Arc<Vfs>) {
         assert!(self.vfs.set(vfs).is_ok(), "the file system starts once");
+    }
+
+    pub fn serve_copies(&self, copies: Arc<Copies>) {
+        assert!(self.copies.set(copies).is_ok(), "the copies of journals start once");
     }
 
     pub fn serve_cluster(&self, doorman: Arc<Doorman>, membership: Arc<Membership>, figures: Arc<Figures>) {
@@ -119,6 +126,10 @@ impl Handler for Services {
                 let attr = self.holder(&file)?.peek_here(file.ino).await.map_err(|error| error.to_string())?;
                 Ok(messages::encode(&attr))
             }
+            service::JOURNAL => {
+                let (header, batch) = pair::split_call(Bytes::from(payload))?;
+                pair::accept(self.copies.get().ok_or(STARTING)?, from, &header, batch).await
+            }
             service::REPORT => Ok(messages::encode(&self.figures.get().ok_or(STARTING)?.local())),
             service::REMOVE_MEMBER => {
                 let (node, force): (NodeId, bool) = messages::decode(&payload)?;
@@ -129,7 +140,11 @@ impl Handler for Services {
         }
     }
 
-    async fn bulk(&self, _from: NodeId, service: u16, header: Vec<u8>, body: Bytes) -> Result<(Vec<u8>, Bytes), String> {
+    async fn bulk(&self, from: NodeId, service: u16, header: Vec<u8>, body: Bytes) -> Result<(Vec<u8>, Bytes), String> {
+        if service == service::JOURNAL_BULK {
+            let answer = pair::accept(self.copies.get().ok_or(STARTING)?, from, &header, body).await?;
+            return Ok((answer, Bytes::new()));
+        }
         let (store, chunks) = self.chunks.get().ok_or(STARTING)?;
         let id: ChunkId = messages::decode(&header)?;
         match service {

@@ -69,6 +69,7 @@ pub mod tests {
             incarnation: Incarnation(1),
             version: String::new(),
             fenced: false,
+            pair: None,
             joined: Timestamp::new(node as i64, 0),
         }
     }

@@ -4,6 +4,7 @@
 //! that names bincode: everything that reaches a disk or a wire goes through it.
 
 pub mod attr;
+pub mod bytes;
 pub mod codec;
 pub mod extent;
 pub mod ids;
@@ -13,6 +14,7 @@ pub mod size;
 pub mod time;
 
 pub use attr::{Attr, FileKind, FileUse, Holder};
+pub use bytes::FileBytes;
 pub use extent::{CellIndex, CellSize, Extent, ExtentData};
 pub use ids::{ChunkId, Incarnation, Ino, LogIndex, NodeId, RequestId, Stamp};
 pub use name::{FileName, InvalidName};

@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use ctfs_meta::{Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId};
+use ctfs_meta::{Durability, Op, Reply, SharedNamespace, Subject};
+use ctfs_types::{Attr, ChunkId, FileBytes, Holder, Incarnation, Ino, LogIndex, NodeId};
 
 use crate::FsError;
 
@@ -46,6 +46,24 @@ pub trait Metadata: Send + Sync + 'static {
     async fn propose(&self, op: Op) -> Result<Reply, FsError> {
         self.request().propose(op).await
     }
+
+    /// Writes bytes of a file that this server holds into the journal of its life, and answers where;
+    /// `None`: there is no journal, or it has no room.
+    fn write_down(&self, bytes: &FileBytes) -> Option<u64>;
+
+    /// The replicated metadata have what was written down of the file up to there, or the file is gone.
+    fn let_go(&self, ino: Ino, upto: u64);
+
+    /// What the journal has before this position is needed by nobody.
+    fn kept_from(&self) -> u64;
+
+    /// Returns when all that happened and was written down here before the call is on as many disks as
+    /// asked for. `false`: the journal alone does not do that now; flush, and wait until it is
+    /// [`Self::settled`].
+    ///
+    /// # Errors
+    /// As [`Self::settled`].
+    async fn durable(&self, class: Durability) -> Result<bool, FsError>;
 
     /// Returns once the local replica holds everything that was visible anywhere before the call.
     ///

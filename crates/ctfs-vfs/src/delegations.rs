@@ -21,8 +21,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ctfs_meta::{MetaError, Namespace, Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{Attr, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId};
+use ctfs_meta::{Durability, MetaError, Namespace, Op, Reply, SharedNamespace, Subject};
+use ctfs_types::{Attr, FileBytes, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId};
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, time::timeout};
 use tracing::debug;
@@ -342,6 +342,22 @@ impl Metadata for RuledMetadata {
 
     async fn settled(&self) -> Result<(), FsError> {
         self.0.inner.settled().await
+    }
+
+    fn write_down(&self, bytes: &FileBytes) -> Option<u64> {
+        self.0.inner.write_down(bytes)
+    }
+
+    fn let_go(&self, ino: Ino, upto: u64) {
+        self.0.inner.let_go(ino, upto);
+    }
+
+    fn kept_from(&self) -> u64 {
+        self.0.inner.kept_from()
+    }
+
+    async fn durable(&self, class: Durability) -> Result<bool, FsError> {
+        self.0.inner.durable(class).await
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

@@ -79,7 +79,11 @@ fn meta_errno(verdict: &MetaError) -> c_int {
         MetaError::NotWaiting => libc::EIO,
         MetaError::StaleIncarnation | MetaError::Answered => libc::EIO,
         // Between a server and the metadata, never a program's doing.
-        MetaError::NumberNotReserved(_) | MetaError::BadReservation(_) | MetaError::TooManyReservations => libc::EIO,
+        MetaError::NumberNotReserved(_)
+        | MetaError::BadReservation(_)
+        | MetaError::TooManyReservations
+        | MetaError::NotedBefore(_)
+        | MetaError::NotTheSuccessor => libc::EIO,
         // The rest answers operators, not programs; listed so that the table stays complete.
         MetaError::AlreadyFounded => libc::EEXIST,
         MetaError::NoSuchToken | MetaError::TokenExpired | MetaError::KeyRemoved => libc::EACCES,

@@ -24,7 +24,7 @@ pub mod waiters;
 
 pub use access::{ChunkAccess, Happened, Holders, Metadata, Request, SpaceReport};
 pub use caller::Caller;
-pub use content::{Content, ContentSettings, PageWaits, Pages};
+pub use content::{Content, ContentSettings, LeftBytes, PageWaits, Pages, Successor};
 pub use delegations::{DelegationFigures, DelegationSettings};
 pub use error::FsError;
 pub use handles::{HandleId, OpenMode};

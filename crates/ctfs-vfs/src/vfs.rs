@@ -27,7 +27,7 @@ use std::{
 
 use ctfs_chunk::CacheTier;
 use ctfs_meta::{Change, LockOwner, MetaError, Op, Reply, Totals, quota};
-use ctfs_types::{Attr, FileKind, FileName, FileUse, Incarnation, Ino, LogIndex};
+use ctfs_types::{Attr, FileBytes, FileKind, FileName, FileUse, Holder, Incarnation, Ino, LogIndex};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -39,7 +39,7 @@ pub use locks::LockRequest;
 
 use self::{leaving::Leavings, lock_doubts::Turns};
 use crate::{
-    ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, PageWaits, SpaceReport, caller,
+    ChunkAccess, Content, ContentSettings, FsError, Holders, LeftBytes, Metadata, PageWaits, SpaceReport, Successor, caller,
     content::Around,
     delegations::{DelegationFigures, DelegationSettings, Delegations, RuledMetadata},
     handles::Handles,
@@ -292,6 +292,14 @@ impl Vfs {
                 self.handles.spread_error(ino, &FsError::LostWrites { ino, why });
             }
         }
+    }
+
+    /// Has the metadata hold the bytes of files that a life left in its journal.
+    ///
+    /// # Errors
+    /// What kept some of them from being put or named; it may be asked again.
+    pub async fn write_left(&self, life: Holder, left: Vec<(u64, FileBytes)>, successor: &dyn Successor) -> Result<LeftBytes, FsError> {
+        self.content.write_left(life, left, successor).await
     }
 
     /// Gives up every file that this server holds and could flush; before it stops.

@@ -57,7 +57,11 @@ fn render(report: &InfoReport, most: usize) -> String {
     let mut text = format!("{}\n", report.path);
     text += &format!("  inode   {} ({})\n", report.ino, report.kind);
     text += &format!("  size    {} ({} bytes), {} allocated\n", report.size, grouped(report.size.0), report.allocated);
-    text += &format!("  policy  copies {copies}; cells of {}\n", report.cell);
+    let class = super::policy::class_name(report.durability);
+    text += &format!("  policy  copies {copies}; cells of {}; durability {class}\n", report.cell);
+    if let Some(holder) = &report.holder {
+        text += &format!("  held    by {holder}, which alone changes it now\n");
+    }
     if report.kind == "file" {
         let share = percent(report.cached.0, report.size.0).min(100);
         let dirty = if report.dirty.0 > 0 { format!(", {} not yet on the stores", report.dirty) } else { String::new() };
@@ -108,6 +112,7 @@ fn holder(holder: &HolderReport) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ctfs_meta::Durability;
     use ctfs_node::admin::WirePath;
 
     use super::*;
@@ -133,6 +138,8 @@ mod tests {
             copies: 0,
             copies_now: 2,
             cell: ByteSize(1 << 20),
+            durability: Durability::Pair,
+            holder: Some("node2".into()),
             cells: vec![chunk, hole],
             cells_more: 0,
             cached: ByteSize(1 << 20),
@@ -148,7 +155,8 @@ mod tests {
 /srv/data/a
   inode   42 (file)
   size    4.0 MiB (4 194 304 bytes), 1.0 MiB allocated
-  policy  copies auto, now 2; cells of 1.0 MiB
+  policy  copies auto, now 2; cells of 1.0 MiB; durability pair
+  held    by node2, which alone changes it now
   cached  1.0 MiB here (25 %)
 
  cell  offset   length   data              cached  holders

@@ -1,4 +1,4 @@
-//! `ctfs policy`: copies and chunk size of a directory.
+//! `ctfs policy`: copies, chunk size and durability of a directory.
 
 use std::path::PathBuf;
 
@@ -7,11 +7,12 @@ use ctfs_node::{
     admin::{PolicyReport, Request, Response},
     problem::exit,
 };
+use ctfs_meta::Durability;
 use ctfs_types::{ByteSize, CellSize};
 
 use crate::{Context, choices::Copies, errors::Outcome};
 
-/// Copies and chunk size of a directory
+/// Copies, chunk size and durability of a directory
 #[derive(Debug, Args)]
 pub struct Policy {
     #[command(subcommand)]
@@ -22,8 +23,8 @@ pub struct Policy {
 enum Verb {
     /// Set a policy for everything below a directory that sets no other
     ///
-    /// Both concern what is written from now on.
-    #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs policy set /srv/data/db --copies 3\n  ctfs policy set /srv/data/video --chunk-size 8MiB")]
+    /// All of them concern what is written from now on.
+    #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs policy set /srv/data/db --copies 3\n  ctfs policy set /srv/data/video --chunk-size 8MiB\n  ctfs policy set /srv/data/build --durability local")]
     Set {
         path: PathBuf,
 
@@ -34,6 +35,10 @@ enum Verb {
         /// Size of a chunk: a power of two, 256KiB to 8MiB
         #[arg(long, value_name = "SIZE", value_parser = cell_size, group = "what")]
         chunk_size: Option<CellSize>,
+
+        /// What fsync waits for: the disk of this server, of two servers, of as many as there are copies, or of all
+        #[arg(long, value_name = "CLASS", value_parser = durability, group = "what")]
+        durability: Option<Durability>,
     },
     /// Show what is set and what is in force
     Show {
@@ -45,6 +50,19 @@ enum Verb {
     },
 }
 
+/// The classes by name.
+const CLASSES: [(&str, Durability); 4] =
+    [("local", Durability::Local), ("pair", Durability::Pair), ("quorum", Durability::Quorum), ("all", Durability::All)];
+
+fn durability(text: &str) -> Result<Durability, String> {
+    let class = CLASSES.into_iter().find(|(name, _)| *name == text);
+    class.map(|(_, class)| class).ok_or_else(|| "a class is local, pair, quorum or all".into())
+}
+
+pub fn class_name(class: Durability) -> &'static str {
+    CLASSES.into_iter().find(|(_, named)| *named == class).map_or("", |(name, _)| name)
+}
+
 fn cell_size(text: &str) -> Result<CellSize, String> {
     let size: ByteSize = text.parse().map_err(|error| format!("{error}"))?;
     CellSize::from_bytes(size.0).ok_or_else(|| "a chunk is a power of two, 256KiB to 8MiB".into())
@@ -53,8 +71,8 @@ fn cell_size(text: &str) -> Result<CellSize, String> {
 impl Policy {
     pub fn run(self, context: &Context) -> Outcome {
         let (request, json) = match self.verb {
-            Verb::Set { path, copies, chunk_size } => {
-                (Request::PolicySet { path: super::named(&path), copies: copies.map(Copies::number), cell: chunk_size }, false)
+            Verb::Set { path, copies, chunk_size, durability } => {
+                (Request::PolicySet { path: super::named(&path), copies: copies.map(Copies::number), cell: chunk_size, durability }, false)
             }
             Verb::Show { path, json } => (Request::PolicyShow { path: super::named(&path) }, json),
         };
@@ -71,12 +89,14 @@ fn render(report: &PolicyReport) -> String {
     let origin = |set: bool| if set { "set here" } else { "inherited" };
     let copies = if report.copies == 0 { "auto".into() } else { report.copies.to_string() };
     format!(
-        "{}\n  copies      {copies} ({}), now {}\n  chunk size  {} ({})\n",
+        "{}\n  copies      {copies} ({}), now {}\n  chunk size  {} ({})\n  durability  {} ({})\n",
         report.path,
         origin(report.copies_set.is_some()),
         report.copies_now,
         report.cell,
         origin(report.cell_set.is_some()),
+        class_name(report.durability),
+        origin(report.durability_set.is_some()),
     )
 }
 
@@ -95,8 +115,19 @@ mod tests {
             copies: 3,
             cell: ByteSize(1 << 20),
             copies_now: 2,
+            durability_set: None,
+            durability: Durability::Pair,
         };
-        assert_eq!(render(&report), "/srv/data/db\n  copies      3 (set here), now 2\n  chunk size  1.0 MiB (inherited)\n");
+        assert_eq!(render(&report), "/srv/data/db\n  copies      3 (set here), now 2\n  chunk size  1.0 MiB (inherited)\n  durability  pair (inherited)\n");
+    }
+
+    #[test]
+    fn a_class_of_durability_is_one_of_four() {
+        for (name, class) in CLASSES {
+            assert_eq!(durability(name), Ok(class));
+            assert_eq!(class_name(class), name);
+        }
+        assert!(durability("two").is_err());
     }
 
     #[test]

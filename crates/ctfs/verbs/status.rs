@@ -188,6 +188,12 @@ fn below(report: &StatusReport) -> String {
     if cache.dirty.0 > 0 {
         lines.push(("cache", format!("{} written here and not yet on the stores", cache.dirty)));
     }
+    let journal = &report.journal;
+    if let Some(pair) = &journal.pair {
+        lines.push(("journal", format!("{}, also on {pair}", journal.bytes)));
+    } else if !journal.alone {
+        lines.push(("journal", format!("{}, on no other server yet: fsync waits for the stores instead", journal.bytes)));
+    }
     let chunks = &report.chunks;
     if chunks.below_policy > 0 || chunks.lost > 0 {
         let (total, below, lost) = (grouped(chunks.total), grouped(chunks.below_policy), grouped(chunks.lost));
@@ -208,7 +214,7 @@ fn below(report: &StatusReport) -> String {
 
 #[cfg(test)]
 pub mod tests {
-    use ctfs_node::admin::{CacheReport, ChunksReport, JobReport, MountReport, WirePath};
+    use ctfs_node::admin::{CacheReport, ChunksReport, JobReport, JournalReport, MountReport, WirePath};
     use ctfs_types::ByteSize;
 
     use super::*;
@@ -271,6 +277,8 @@ pub mod tests {
             applied: 10,
             term: 2,
             leader: Some("node1".into()),
+            leased: true,
+            journal: JournalReport { pair: Some("node2".into()), alone: false, records: 3, bytes: ByteSize(12 << 10) },
         }
     }
 
@@ -289,6 +297,7 @@ cluster brave-otter   DEGRADED   2 of 3 servers alive, all data readable and wri
  node3   fra   down    10.9.0.3:7420  -        -                           -                             -
 
  mounts  /srv/data  412 384 files, 608.0 GiB, 3 open   hit ratio 97 %
+ journal 12.0 KiB, also on node2
  chunks  12 841 in all, 41 with too few copies, 0 lost
  jobs    repair 43 %  212 MiB/s
 ";

@@ -689,6 +689,11 @@ impl View<'_> {
         self.state.is_unflushed(range)
     }
 
+    /// The unflushed parts of a range.
+    pub fn unflushed_in(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        self.state.unflushed(range).iter().collect()
+    }
+
     /// One past the last unflushed byte.
     pub fn unflushed_end(&self) -> Option<u64> {
         self.state.dirty.end().max(self.state.flushing.end())

@@ -163,6 +163,7 @@ pub fn found() -> Op {
             incarnation: Incarnation(1),
             version: "0".to_owned(),
             fenced: false,
+            pair: None,
             joined: Timestamp::EPOCH,
         },
     }

@@ -153,6 +153,7 @@ impl Namespace {
             request: command.request,
             at: command.at,
             freed_max: self.freed_max,
+            is_left: false,
             counted: BTreeMap::new(),
         };
         let outcome = apply.dispatch(&command.op);
@@ -296,6 +297,8 @@ impl Namespace {
             | Op::SetMemberState { .. }
             | Op::RemoveMember { .. }
             | Op::Fence { .. }
+            | Op::SetPair { .. }
+            | Op::EndLife { .. }
             | Op::ReserveInos { .. } => Vec::new(),
         };
         inos.sort_unstable();

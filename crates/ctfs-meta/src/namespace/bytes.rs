@@ -6,7 +6,7 @@ use ctfs_types::{
 };
 
 use super::{Apply, ChunkRecord, Totals, cuts::is_dead, keys, records::Inode, txn::Outcome};
-use crate::{CellWrite, Change, MetaError, Reply};
+use crate::{CellWrite, Change, MetaError, Noted, Reply};
 
 /// Writers keep content of up to `INLINE_BYTES_MAX` inline; a little more is let through so that
 /// the limit can be raised without a new format.
@@ -45,10 +45,14 @@ impl Apply<'_, '_> {
         mtime: Option<ctfs_types::Timestamp>,
         drop_privileges: bool,
         appends_at: Option<u64>,
+        noted: Option<Noted>,
     ) -> Outcome<Reply> {
         // Decide: every cell, before the first is changed.
         let mut inode = self.file(ino)?;
         self.may_change(ino, &inode)?;
+        if let Some(noted) = noted {
+            self.may_note(ino, noted)?;
+        }
         if appends_at.is_some_and(|size| size != inode.size) {
             return Err(MetaError::SizeChanged(ino).into());
         }
@@ -62,6 +66,9 @@ impl Apply<'_, '_> {
         }
 
         // Change.
+        if let Some(noted) = noted {
+            self.note(ino, noted)?;
+        }
         let before = inode.contribution();
         let stamp = inode.next_stamp();
         inode.size = inode.size.max(size_at_least);

@@ -6,11 +6,11 @@ use super::{Apply, keys, records, txn::Outcome};
 use crate::{Change, ClusterIdentity, Member, MemberState, MetaError, Reply, TokenRecord};
 
 impl Apply<'_, '_> {
-    fn member(&mut self, node: NodeId) -> Outcome<Member> {
+    pub(super) fn member(&mut self, node: NodeId) -> Outcome<Member> {
         Ok(self.txn.get(&keys::member(node))?.ok_or(MetaError::NoSuchMember)?)
     }
 
-    fn put_member(&mut self, member: &Member) {
+    pub(super) fn put_member(&mut self, member: &Member) {
         self.txn.put(keys::member(member.node), member);
         self.changed(Change::Members);
     }
@@ -65,7 +65,7 @@ impl Apply<'_, '_> {
             if other.key == member.key {
                 // Ended lives stay ended, whatever the newcomer knows of them.
                 if other.incarnation < member.incarnation {
-                    self.burn_numbers(other.incarnation)?;
+                    self.forget_client(other.incarnation)?;
                 }
                 member.incarnation = member.incarnation.max(other.incarnation);
             } else if other.name == member.name || other.node == member.node {
@@ -95,7 +95,7 @@ impl Apply<'_, '_> {
         if incarnation > member.incarnation {
             self.end_lives(node, |life| life < incarnation)?;
             self.forget_client(member.incarnation)?;
-            member.fenced = false;
+            (member.fenced, member.pair) = (false, None);
         }
         member.incarnation = incarnation;
         member.addresses = addresses.to_vec();
@@ -103,35 +103,6 @@ impl Apply<'_, '_> {
         member.version = version.to_owned();
         self.put_member(&member);
         Ok(Reply::Done)
-    }
-
-    pub(super) fn fence(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<Reply> {
-        let member = self.member(node)?;
-        if member.incarnation != incarnation || member.fenced {
-            return Ok(Reply::Done);
-        }
-        self.end_lives(node, |life| life <= incarnation)?;
-        self.forget_client(incarnation)?;
-        self.put_member(&Member { fenced: true, ..member });
-        self.changed(Change::Fenced { node, incarnation });
-        Ok(Reply::Done)
-    }
-
-    fn end_lives(&mut self, node: NodeId, ended: impl Fn(Incarnation) -> bool) -> Outcome<()> {
-        self.release_everywhere(|owner| owner.node == node && ended(owner.incarnation))?;
-        self.disown_ended(node, ended)
-    }
-
-    /// A client is one life of a server: nobody asks for its verdicts any more, and what of it is
-    /// still under way is not carried out.
-    fn forget_client(&mut self, life: Incarnation) -> Outcome<()> {
-        self.burn_numbers(life)?;
-        let (from, to) = keys::under(keys::VERDICT, &[life.0]);
-        for (key, _) in self.txn.scan(&from, &to, usize::MAX)? {
-            self.txn.delete(key);
-        }
-        self.txn.put(keys::floor(life.0), &keys::ENDED);
-        Ok(())
     }
 
     pub(super) fn set_member_state(&mut self, node: NodeId, state: MemberState) -> Outcome<Reply> {
@@ -146,7 +117,7 @@ impl Apply<'_, '_> {
         self.txn.delete(keys::member(node));
         self.txn.put(keys::removed_key(&member.key), &self.at);
         self.end_lives(node, |_| true)?;
-        self.burn_numbers(member.incarnation)?;
+        self.forget_client(member.incarnation)?;
         self.changed(Change::Members);
         Ok(Reply::Done)
     }

@@ -49,7 +49,7 @@ impl Subject {
             | keys::ORPHAN
             | keys::POLICY => number(1).map(|ino| Self::Inode(Ino(ino))),
             keys::OWNED | keys::WAIT => number(9).map(Self::Life),
-            keys::NUMBERS => number(1).map(Self::Life),
+            keys::NUMBERS | keys::NOTED | keys::LEFT => number(1).map(Self::Life),
             keys::TOTALS => Some(Self::Sum),
             _ => None,
         };
@@ -95,7 +95,7 @@ impl Apply<'_, '_> {
         for ino in self.txn.touched() {
             let Some((dir, holder)) = self.cover_before(ino)? else { continue };
             let is_known = match &command.about {
-                About::Ahead => true,
+                About::Ahead | About::Left { .. } => true,
                 About::Inodes(inos) => inos.contains(&ino) || inos.contains(&dir),
             };
             if holder.incarnation.0 != self.request.client || !is_known {
@@ -154,7 +154,7 @@ impl Apply<'_, '_> {
 
     /// Whose holdings have ended is not asked.
     fn ends_lives(op: &Op) -> bool {
-        matches!(op, Op::Join { .. } | Op::Incarnate { .. } | Op::Fence { .. } | Op::RemoveMember { .. })
+        matches!(op, Op::Join { .. } | Op::Incarnate { .. } | Op::Fence { .. } | Op::EndLife { .. } | Op::RemoveMember { .. })
     }
 
     /// Whether everything that the command touched is this holder's alone, or new.

@@ -23,6 +23,9 @@ impl Apply<'_, '_> {
 
     /// Refuses a life of a server that has ended: nobody would ever free what it gets.
     pub(super) fn is_alive(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<()> {
+        if self.is_left {
+            return Ok(());
+        }
         match self.txn.peek::<Member>(&keys::member(node))? {
             Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) => Err(MetaError::StaleIncarnation.into()),
             Some(_) => Ok(()),

@@ -29,6 +29,8 @@ pub const WAITING: u8 = 22;
 pub const WAIT: u8 = 23;
 pub const TOTALS: u8 = 24;
 pub const NUMBERS: u8 = 25;
+pub const NOTED: u8 = 26;
+pub const LEFT: u8 = 27;
 /// Keys from here on belong to whoever owns the store.
 pub const CALLER: u8 = 0xff;
 
@@ -144,6 +146,22 @@ pub fn totals(dir: Ino) -> Key {
 /// A range of inode numbers that a client reserved.
 pub fn numbers(client: u64, first: Ino) -> Key {
     key(NUMBERS, &[client, first.0], &[])
+}
+
+/// Bytes that a life's journal has of a file up to a position are in the metadata.
+pub fn noted(life: u64, upto: u64, ino: Ino) -> Key {
+    key(NOTED, &[life, upto, ino.0], &[])
+}
+
+/// What a life's journal has before this position is not needed. Positions count from 1, so the place of
+/// position 0 is free.
+pub fn kept_from(life: u64) -> Key {
+    noted(life, 0, Ino(0))
+}
+
+/// A life that was ended and whose journal is being taken over.
+pub fn left(life: u64) -> Key {
+    key(LEFT, &[life], &[])
 }
 
 pub fn member(node: NodeId) -> Key {

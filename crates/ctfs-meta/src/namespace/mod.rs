@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
 //! whole), then by subject: [`names`], [`numbers`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`quotas`],
-//! [`cluster`]; [`reads`] is what everybody else asks.
+//! [`cluster`], [`lives`]; [`reads`] is what everybody else asks.
 
 mod acl;
 mod ahead;
@@ -13,6 +13,7 @@ mod cover;
 mod cuts;
 mod holding;
 mod keys;
+mod lives;
 mod locks;
 mod names;
 mod numbers;
@@ -42,7 +43,7 @@ use self::{
     txn::{Fail, Outcome, Txn},
     view::View,
 };
-use crate::{Batch, Change, Command, MetaError, Op, Reply, Store, StoreError};
+use crate::{About, Batch, Change, Command, MetaError, Op, Reply, Store, StoreError};
 
 /// Verdicts remembered for one client that never says it has its answers.
 const VERDICTS_MAX: u64 = 4096;
@@ -155,6 +156,8 @@ struct Apply<'a, 'b> {
     at: Timestamp,
     /// Cells that the command may still free.
     freed_max: usize,
+    /// The life has ended, and what it had written down happens now.
+    is_left: bool,
     /// What was below directories with a quota before the command.
     counted: BTreeMap<Ino, Totals>,
 }
@@ -326,8 +329,8 @@ fn run(
         return Ok(Err(MetaError::Answered));
     }
     let before = counters.clone();
-    let mut apply = Apply { txn, counters, request, at: command.at, freed_max, counted: BTreeMap::new() };
-    let outcome = apply.dispatch(&command.op).and_then(|reply| {
+    let mut apply = Apply { txn, counters, request, at: command.at, freed_max, is_left: matches!(command.about, About::Left { .. }), counted: BTreeMap::new() };
+    let outcome = apply.life_may(command).and_then(|()| apply.dispatch(&command.op)).and_then(|reply| {
         apply.keep_quotas(&command.op)?;
         // Also when it removed the last directory that is held.
         if before.delegated > 0 {
@@ -345,7 +348,9 @@ fn run(
         }
         Err(Fail::Store(error)) => return Err(error),
     };
-    let forget = command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1));
+    // What is sent in the name of a life that has ended may have any number, and that life's own come again.
+    let is_left = matches!(command.about, About::Left { .. });
+    let forget = if is_left { 0 } else { command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1)) };
     if forget > floor {
         if forget - floor <= FORGOTTEN_ONE_BY_ONE {
             // Most often it is one, and looking for a record costs less than looking which there are.
@@ -380,8 +385,8 @@ impl Apply<'_, '_> {
             Op::SetAttr { ino, set } => self.set_attr(*ino, set),
             Op::SetXattr { ino, name, value, mode } => self.set_xattr(*ino, name, value, *mode),
             Op::RemoveXattr { ino, name } => self.remove_xattr(*ino, name),
-            Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at } => {
-                self.write(*ino, cells, *size_at_least, *mtime, *drop_privileges, *appends_at)
+            Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at, noted } => {
+                self.write(*ino, cells, *size_at_least, *mtime, *drop_privileges, *appends_at, *noted)
             }
             Op::Punch { ino, first, cells } => self.punch(*ino, *first, *cells),
             Op::CloneCells { source, first, ino, to, cells, size_at_least } => {
@@ -411,6 +416,8 @@ impl Apply<'_, '_> {
             Op::FreeCells { inos } => self.free_cells(inos),
             Op::SetQuota { ino, quota } => self.set_quota(*ino, *quota),
             Op::ReserveInos { count } => self.reserve_inos(*count),
+            Op::SetPair { life, pair } => self.set_pair(*life, *pair),
+            Op::EndLife { life, by } => self.end_life(*life, *by),
         }
     }
 

@@ -14,7 +14,7 @@ use super::{
     cuts::{Cut, is_dead},
     keys,
     locks::{self, Wish},
-    records::{self, CookieEntry, Dentry, Inode, Numbers},
+    records::{self, CookieEntry, Dentry, Inode, Left, Numbers},
     view::View,
 };
 use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, Quota, QuotaUse, StoreError, TokenRecord};
@@ -335,7 +335,44 @@ impl Namespace {
 
     /// Whether a life of a server was ended, by a newer one or from outside.
     pub fn is_ended(&self, life: Incarnation) -> Read<bool> {
-        Ok(self.record(&keys::floor(life.0))? == Some(keys::ENDED))
+        Ok(self.record(&keys::floor(life.0))? == Some(keys::ENDED) || self.left_by(life)?)
+    }
+
+    /// Whether a life was ended and what it left in its journal is not all sent yet.
+    pub fn left_by(&self, life: Incarnation) -> Read<bool> {
+        Ok(self.counters.left > 0 && self.record::<Left>(&keys::left(life.0))?.is_some())
+    }
+
+    /// Lives that were ended and whose journals `pair` takes over.
+    pub fn left_to(&self, pair: NodeId) -> Read<Vec<Holder>> {
+        let mut found = Vec::new();
+        if self.counters.left == 0 {
+            return Ok(found);
+        }
+        let (from, to) = keys::under(keys::LEFT, &[]);
+        self.each(&from, &to, |key, value| {
+            let left: Left = records::decode(key, value)?;
+            if left.pair == pair && let Some(life) = keys::number_at(key, 1) {
+                found.push(Holder { node: left.node, incarnation: Incarnation(life) });
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(found)
+    }
+
+    /// Of each file that has bytes of this life's journal: up to which position. And before which
+    /// position nothing of the journal is needed.
+    pub fn noted(&self, life: Incarnation) -> Read<(BTreeMap<Ino, u64>, u64)> {
+        let kept_from: u64 = self.record(&keys::kept_from(life.0))?.unwrap_or(0);
+        let (_, to) = keys::under(keys::NOTED, &[life.0]);
+        let mut found = BTreeMap::new();
+        self.each(&keys::noted(life.0, 1, Ino(0)), &to, |key, _| {
+            if let (Some(upto), Some(ino)) = (keys::number_at(key, 9), keys::number_at(key, 17)) {
+                found.insert(Ino(ino), upto);
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok((found, kept_from))
     }
 
     pub fn members(&self) -> Read<Vec<Member>> {
@@ -368,19 +405,24 @@ impl Namespace {
 
     /// What holds for `ino`: its own policy, then that of the directories above it.
     pub fn effective_policy(&self, ino: Ino) -> Read<EffectivePolicy> {
-        let (mut copies, mut cell) = (None, None);
+        let (mut copies, mut cell, mut durability) = (None, None, None);
         let mut next = Some(ino);
         while let Some(ino) = next {
             let policy = self.policy(ino)?;
             copies = copies.or(policy.copies);
             cell = cell.or(policy.cell);
+            durability = durability.or(policy.durability);
             next = match self.inode(ino)?.and_then(|inode| inode.dir) {
                 _ if ino == Ino::ROOT => None,
                 Some(dir) => Some(dir.parent),
                 None => self.first_link(ino)?.map(|(parent, _)| parent),
             };
         }
-        Ok(EffectivePolicy { copies: copies.unwrap_or(0), cell: cell.unwrap_or_default() })
+        Ok(EffectivePolicy {
+            copies: copies.unwrap_or(0),
+            cell: cell.unwrap_or_default(),
+            durability: durability.unwrap_or_default(),
+        })
     }
 
     pub(super) fn first_link(&self, ino: Ino) -> Read<Option<(Ino, FileName)>> {

@@ -1,13 +1,13 @@
 //! The records as they are stored, each behind a version byte.
 
-use ctfs_types::{Attr, CellSize, FileKind, FileName, FileUse, Ino, Stamp, Timestamp, codec};
+use ctfs_types::{Attr, CellSize, FileKind, FileName, FileUse, Ino, NodeId, Stamp, Timestamp, codec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::Totals;
 use crate::{Quota, StoreError};
 
-/// 2: stamps that the inode counts, counts of a directory in a record of their own.
-pub const VERSION: u8 = 2;
+/// 3: the pair of a life, and what writes hold of journals.
+pub const VERSION: u8 = 3;
 /// No record comes near: the largest holds one extended attribute or one inline cell.
 const RECORD_BYTES_MAX: usize = 16 << 20;
 
@@ -139,10 +139,20 @@ pub struct Counters {
     pub quotas: u64,
     /// Directories that servers hold.
     pub delegated: u64,
+    /// Lives that were ended and whose journals are being taken over.
+    pub left: u64,
+}
+
+/// A life that was ended and left a journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    pub node: NodeId,
+    /// Who has the journal, too.
+    pub pair: NodeId,
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0, quotas: 0, delegated: 0 }
+        Self { applied: 0, next_ino: Ino::ROOT.0 + 1, chunks: 0, quotas: 0, delegated: 0, left: 0 }
     }
 }

@@ -6,6 +6,7 @@ mod bytes;
 mod cluster;
 mod cuts;
 mod holding;
+mod lives;
 mod lock_waiters;
 mod locks;
 mod names;

@@ -11,7 +11,7 @@ use super::harness::{
     CLIENT, Volume, chunk, chunk_id, dump, identity, inline, member, name, node, owner, record_lock, time, token,
 };
 use crate::{
-    CellWrite, LockKind, MemberState, MetaError, NewContent, NewNode, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
+    CellWrite, Durability, LockKind, MemberState, MetaError, NewContent, NewNode, Noted, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
 };
 
 const ROOT: Ino = Ino::ROOT;
@@ -42,7 +42,7 @@ fn ops() -> Vec<Op> {
         make(dir, "tty", NewContent::CharDevice { rdev: 0x501 }),
         make(dir, "disk", NewContent::BlockDevice { rdev: 0x800_0001 }),
         make(dir, "gone", NewContent::File),
-        Op::SetPolicy { ino: dir, policy: Policy { copies: Some(2), cell: CellSize::from_bytes(CELL) } },
+        Op::SetPolicy { ino: dir, policy: Policy { copies: Some(2), cell: CellSize::from_bytes(CELL), durability: Some(Durability::Quorum) } },
         Op::Write {
             ino: file,
             cells: (0..7).map(|n| cell(n, Some(chunk(n as u8, 4096)))).collect(),
@@ -50,6 +50,7 @@ fn ops() -> Vec<Op> {
             mtime: Some(time(1)),
             drop_privileges: true,
             appends_at: None,
+            noted: None,
         },
         Op::Write {
             ino: file,
@@ -58,6 +59,7 @@ fn ops() -> Vec<Op> {
             mtime: None,
             drop_privileges: false,
             appends_at: Some(8 * CELL),
+            noted: Some(Noted { upto: 300, kept_from: 200 }),
         },
         Op::CloneCells { source: file, first: 6, ino: copy, to: 0, cells: 2, size_at_least: 2 * CELL },
         Op::Punch { ino: file, first: 1, cells: 1 },
@@ -119,9 +121,18 @@ fn ops() -> Vec<Op> {
             name: name("numbered"),
             node: NewNode { ino: Some(Ino(20)), ..node(NewContent::File, 0o644) },
         },
+        Op::SetPair { life: holder(1, 7), pair: Some(NodeId(2)) },
+        Op::Fence { node: NodeId(1), incarnation: Incarnation(7) },
+        Op::EndLife { life: holder(1, 7), by: holder(1, 8) },
+        Op::SetPair { life: HOLDER, pair: Some(NodeId(1)) },
+        Op::Fence { node: HOLDER.node, incarnation: HOLDER.incarnation },
         // Refused, and so remembered.
         Op::Unlink { parent: ROOT, name: name("nothing") },
     ]
+}
+
+fn holder(node: u64, incarnation: u64) -> Holder {
+    Holder { node: NodeId(node), incarnation: Incarnation(incarnation) }
 }
 
 fn errors() -> Vec<MetaError> {
@@ -200,7 +211,7 @@ fn replies() -> Vec<Reply> {
 }
 
 fn line(what: &str, value: &impl Serialize) -> String {
-    format!("{what} {}\n", hex(&codec::encode(2, value)))
+    format!("{what} {}\n", hex(&codec::encode(3, value)))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -213,7 +224,7 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_2() {
+fn the_encoded_bytes_are_those_of_version_3() {
     let mut text = String::new();
     for error in errors() {
         text += &line(&format!("error {}", variant(&error)), &error);
@@ -233,7 +244,7 @@ fn the_encoded_bytes_are_those_of_version_2() {
     let records = dump(volume.ns.store(), &[0xff]);
     let mut kinds: Vec<u8> = records.keys().map(|key| key[0]).collect();
     kinds.dedup();
-    assert_eq!(kinds, (1..=25).collect::<Vec<_>>(), "a record of each kind");
+    assert_eq!(kinds, (1..=27).collect::<Vec<_>>(), "a record of each kind");
     for (key, value) in records {
         text += &format!("record {} {}\n", hex(&key), hex(&value));
     }

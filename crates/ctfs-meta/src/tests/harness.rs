@@ -262,7 +262,7 @@ pub fn node(content: NewContent, mode: u16) -> NewNode {
 }
 
 pub fn write_op(ino: Ino, cells: Vec<CellWrite>, size_at_least: u64) -> Op {
-    Op::Write { ino, cells, size_at_least, mtime: Some(time(0)), drop_privileges: false, appends_at: None }
+    Op::Write { ino, cells, size_at_least, mtime: Some(time(0)), drop_privileges: false, appends_at: None, noted: None }
 }
 
 /// A chunk whose name starts with `n`.
@@ -299,6 +299,7 @@ pub fn member(n: u64) -> Member {
         incarnation: Incarnation(1),
         version: "0.1.0".into(),
         fenced: false,
+        pair: None,
         joined: time(0),
     }
 }

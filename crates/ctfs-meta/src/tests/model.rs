@@ -131,7 +131,7 @@ impl Model {
             Op::SetAttr { ino, set } => self.set_attr(*ino, set, at),
             Op::SetXattr { ino, name, value, mode } => self.set_xattr(*ino, name, value, *mode, at),
             Op::RemoveXattr { ino, name } => self.remove_xattr(*ino, name, at),
-            Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at } => {
+            Op::Write { ino, cells, size_at_least, mtime, drop_privileges, appends_at, noted: _ } => {
                 let size = self.file(*ino)?.attr.size;
                 if appends_at.is_some_and(|at| at != size) {
                     return Err(vec![MetaError::SizeChanged(*ino)]);

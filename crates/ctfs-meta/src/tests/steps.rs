@@ -279,7 +279,7 @@ fn some_write(model: &Model, c: [u8; 8]) -> Op {
         _ => None,
     };
     let mtime = (c[7] % 2 == 0).then(|| time(u64::from(c[7])));
-    Op::Write { ino, cells, size_at_least, mtime, drop_privileges: c[7] < 64, appends_at }
+    Op::Write { ino, cells, size_at_least, mtime, drop_privileges: c[7] < 64, appends_at, noted: None }
 }
 
 fn some_cell(model: &Model, ino: Ino, cell: u64, c: [u8; 3]) -> CellWrite {

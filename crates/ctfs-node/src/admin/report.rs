@@ -3,6 +3,7 @@
 //!
 //! Fields are added, never renamed: `ctfs status --json` prints these as they are.
 
+use ctfs_meta::Durability;
 use ctfs_types::{ByteSize, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +65,20 @@ pub struct StatusReport {
     pub term: u64,
     /// Name of the leader; `None` while there is none.
     pub leader: Option<String>,
+    /// Whether this server answers from its own copy of the metadata, which nobody may change unseen.
+    pub leased: bool,
+    pub journal: JournalReport,
+}
+
+/// What this server has acknowledged that is not in the log or the chunk stores.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalReport {
+    /// The other server that has it, if one keeps up.
+    pub pair: Option<String>,
+    /// There is no other server that could.
+    pub alone: bool,
+    pub records: u64,
+    pub bytes: ByteSize,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -238,6 +253,9 @@ pub struct InfoReport {
     pub copies_now: u8,
     /// Size of a grid cell.
     pub cell: ByteSize,
+    pub durability: Durability,
+    /// The server that alone may change it at the moment and is asked by the others.
+    pub holder: Option<String>,
     /// Runs of holes are one entry. At most [`super::CELLS_SHOWN_MAX`] entries.
     pub cells: Vec<CellReport>,
     /// Entries left out above.
@@ -299,9 +317,11 @@ pub struct PolicyReport {
     /// Set on this very directory; `None` inherits.
     pub copies_set: Option<u8>,
     pub cell_set: Option<ByteSize>,
+    pub durability_set: Option<Durability>,
     /// In force; 0 copies means automatic.
     pub copies: u8,
     pub cell: ByteSize,
+    pub durability: Durability,
     /// Copies that come of it with the servers there are.
     pub copies_now: u8,
 }

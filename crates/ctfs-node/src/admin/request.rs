@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use ctfs_meta::Durability;
 use ctfs_types::CellSize;
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +52,7 @@ pub enum Request {
         path: WirePath,
         copies: Option<u8>,
         cell: Option<CellSize>,
+        durability: Option<Durability>,
     },
     PolicyShow {
         path: WirePath,

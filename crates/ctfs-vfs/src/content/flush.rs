@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
-use ctfs_meta::{CellWrite, Change, MetaError, Op, Reply};
+use ctfs_meta::{CellWrite, Change, MetaError, Noted, Op, Reply};
 use ctfs_types::{Attr, CellIndex, ExtentData, Ino, Stamp, Timestamp, limits::INLINE_BYTES_MAX};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
@@ -51,6 +51,8 @@ pub(super) struct Pending {
     drops_wanted: u64,
     drop_privileges: bool,
     growth: Growth,
+    /// The journal's bytes of the file up to there are in it.
+    noted: Option<u64>,
 }
 
 /// A cell ready to be committed.
@@ -125,7 +127,7 @@ impl Shared {
     async fn flush_over_quota(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut, refusal: FsError) -> Result<(), FsError> {
         let (ino, grid) = (inode.ino, inode.entry.cell_size());
         // The file does not grow by bytes that are dropped.
-        let pending = Pending { size: None, ..self.pending(inode, Growth::Free) };
+        let pending = Pending { size: None, noted: None, ..self.pending(inode, Growth::Free) };
         let mut dropped = 0u64;
         for cell in inode.entry.dirty_cells(cut == Cut::WholeCells) {
             match self.flush_batch(inode, turn, &[cell], pending).await {
@@ -163,6 +165,7 @@ impl Shared {
             drops_wanted: local.drops_wanted,
             drop_privileges: local.drop_is_pending(),
             growth,
+            noted: Some(local.noted_upto).filter(|upto| *upto > 0),
         }
     }
 
@@ -234,12 +237,13 @@ impl Shared {
         let count = batches.len();
         for (n, cells) in batches.enumerate() {
             // The size that programs see comes with the last bytes, not before them.
-            let size = pending.size.filter(|_| n + 1 == count && cut == Cut::Everything);
-            self.flush_batch(inode, turn, cells, Pending { size, ..pending }).await?;
+            let is_last = n + 1 == count && cut == Cut::Everything;
+            let (size, noted) = (pending.size.filter(|_| is_last), pending.noted.filter(|_| is_last));
+            self.flush_batch(inode, turn, cells, Pending { size, noted, ..pending }).await?;
             // Room for those who wait, long before a large flush ends.
             self.drained.notify_waiters();
         }
-        let attributes = pending.size.is_some() || pending.mtime.is_some() || pending.drop_privileges;
+        let attributes = pending.size.is_some() || pending.mtime.is_some() || pending.drop_privileges || pending.noted.is_some();
         if count == 0 && attributes && cut == Cut::Everything {
             self.flush_batch(inode, turn, &[], pending).await?;
         }
@@ -291,6 +295,7 @@ impl Shared {
                     Growth::From(size) => Some(size),
                     Growth::Free | Growth::Never => None,
                 },
+                noted: pending.noted.map(|upto| Noted { upto, kept_from: self.meta.kept_from() }),
             };
             match self.propose_flush(inode, turn, op, (&built, pending)).await {
                 Ok(Reply::Written { attr, .. }) => {
@@ -352,6 +357,12 @@ impl Shared {
         }
         if pending.drop_privileges {
             local.drops_committed = local.drops_committed.max(pending.drops_wanted);
+        }
+        if let Some(upto) = pending.noted {
+            if local.noted_upto == upto {
+                local.noted_upto = 0;
+            }
+            self.meta.let_go(inode.ino, upto);
         }
     }
 
@@ -428,7 +439,7 @@ impl Shared {
 }
 
 /// Leaves out leading zeros (whole pages) and trailing zeros: outside its data a cell is zero.
-fn trim(bytes: Vec<u8>) -> (u32, Bytes) {
+pub(super) fn trim(bytes: Vec<u8>) -> (u32, Bytes) {
     let is_zero = |part: &[u8]| part.iter().all(|&byte| byte == 0);
     let start = bytes.chunks(TRIM_STEP).take_while(|page| is_zero(page)).count() * TRIM_STEP;
     if start >= bytes.len() {

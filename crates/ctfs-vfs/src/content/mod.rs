@@ -23,11 +23,12 @@
 //!
 //! Reading order: [`sharing`] (which server may write), [`read`], [`write`], [`flush`], [`doubt`]
 //! (commands without an answer), [`resize`] (truncate, allocate), [`room`] (quotas), [`ranges`] (seek, copy),
-//! [`background`].
+//! [`background`], [`written`] (fsync by the journal), [`left`] (what an ended life left in it).
 
 mod background;
 mod doubt;
 mod flush;
+mod left;
 mod ranges;
 mod read;
 mod resize;
@@ -36,6 +37,7 @@ mod sharing;
 #[cfg(test)]
 mod tests;
 mod write;
+mod written;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -47,7 +49,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use ctfs_chunk::tier::{CacheTier, Entry, Residency, Tag, TierError, TierUsage};
+use ctfs_chunk::tier::{CacheTier, Entry, RangeSet, Residency, Tag, TierError, TierUsage};
 use ctfs_meta::{Change, MetaError, Namespace, SetAttr, Subject};
 use ctfs_types::{Attr, CellIndex, Extent, ExtentData, FileKind, Holder, Ino, Timestamp};
 use parking_lot::Mutex;
@@ -56,6 +58,7 @@ use tokio::{
     sync::{Notify, Semaphore},
 };
 
+pub use left::{LeftBytes, Successor};
 pub(crate) use sharing::is_over;
 pub use sharing::{PageWaits, Pages};
 
@@ -196,6 +199,11 @@ struct Local {
     retry_at: Option<Instant>,
     /// A background flush is under way.
     in_background: bool,
+    /// What was written since it was last written down in the journal. Of it, what was flushed meanwhile
+    /// is not missing there.
+    unnoted: RangeSet,
+    /// The last position of the journal with bytes of the file that the metadata may lack; 0 is none.
+    noted_upto: u64,
     /// Closed and not waited for: the background flushes it at once.
     due: bool,
     /// Whether a command about the file happened is not known; see [`doubt`].
@@ -207,13 +215,18 @@ impl Local {
         self.drops_wanted > self.drops_committed
     }
 
+    /// Whether whoever closed the file was not kept waiting.
+    fn is_on_its_way(&self) -> bool {
+        self.due || self.noted_upto > 0
+    }
+
     fn set_cut(&mut self, cut: Option<u64>) {
         self.cut = cut;
         self.cuts += 1;
     }
 
     fn attributes_pending(&self) -> bool {
-        self.size.is_some() || self.mtime.is_some() || self.drop_is_pending()
+        self.size.is_some() || self.mtime.is_some() || self.drop_is_pending() || self.noted_upto > 0
     }
 }
 
@@ -475,16 +488,25 @@ impl Content {
         self.shared.flush_soon(ino)
     }
 
-    /// Waits for what [`Self::flush_soon`] left to the background.
+    /// Waits for what [`Self::flush_soon`] and [`Self::write_down`] left to the background.
     ///
     /// # Errors
     /// As [`Self::flush`].
     pub async fn flush_if_due(&self, ino: Ino) -> Result<(), FsError> {
         let inode = self.shared.inodes.lock().get(&ino).cloned();
         match inode {
-            Some(inode) if inode.local.lock().due => self.shared.flush(ino).await,
+            Some(inode) if inode.local.lock().is_on_its_way() => self.shared.flush(ino).await,
             _ => Ok(()),
         }
+    }
+
+    /// Has everything written to `ino` before the call in the journal of this life, if that is how it
+    /// becomes durable soonest. `false`: it must be flushed.
+    ///
+    /// # Errors
+    /// What kept the bytes from being read.
+    pub async fn write_down(&self, ino: Ino) -> Result<bool, FsError> {
+        self.shared.write_down(ino).await
     }
 
     /// What a flush of `ino` failed with, once.
@@ -587,6 +609,7 @@ impl Shared {
         self.pending.lock().remove(&ino);
         self.ledger.lock().forget(ino);
         self.tier.forget(ino);
+        self.meta.let_go(ino, u64::MAX);
         self.drained.notify_waiters();
     }
 

@@ -60,6 +60,9 @@ impl Shared {
             self.commit_drops_in_turn(&inode, &mut turn).await?;
         }
         let (size, times) = (set.size, set.mtime.is_some());
+        if size.is_some() {
+            self.flush_written_down(&inode, &mut turn).await?;
+        }
         let cut = size.map(|_| CutMark::set(self, &inode)).transpose()?;
         // The metadata first: if they refuse, every unflushed byte is still there.
         let mut attr = match self.propose_in_turn(&inode, &mut turn, Op::SetAttr { ino, set }).await? {
@@ -110,7 +113,7 @@ impl Shared {
             (local.drops_wanted, local.mtime)
         };
         let mtime = Some(self.mtime_to_commit(inode.ino, mtime)?);
-        let op = Op::Write { ino: inode.ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true, appends_at: None };
+        let op = Op::Write { ino: inode.ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true, appends_at: None, noted: None };
         self.propose_in_turn(inode, turn, op).await?;
         let mut local = inode.local.lock();
         local.drops_committed = local.drops_committed.max(wanted);
@@ -189,7 +192,7 @@ impl Shared {
         self.touch(inode, &mut inode.local.lock(), false);
         if !keep_size && end > self.size(inode)? {
             // Not SetAttr: a size that somebody else made larger meanwhile stays.
-            let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false, appends_at: None };
+            let op = Op::Write { ino, cells: vec![], size_at_least: end, mtime: None, drop_privileges: false, appends_at: None, noted: None };
             let mut turn = inode.flushing.lock().await;
             self.propose_in_turn(&inode, &mut turn, op).await?;
         }
@@ -209,6 +212,7 @@ impl Shared {
         }
         {
             let mut turn = inode.flushing.lock().await;
+            self.flush_written_down(inode, &mut turn).await?;
             self.propose_in_turn(inode, &mut turn, Op::Punch { ino, first, cells: last - first }).await?;
             inode.entry.abandon_flush();
             inode.entry.discard(grid.start_of(first)..grid.start_of(last));

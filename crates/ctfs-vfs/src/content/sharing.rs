@@ -333,6 +333,7 @@ impl Shared {
             if inode.entry.dirty_bytes() > 0 || inode.local.lock().size.is_some() {
                 lost.push(inode.ino);
             }
+            inode.local.lock().noted_upto = 0;
             self.unwrite(&inode, 0..u64::MAX);
         }
         self.drained.notify_waiters();

@@ -177,6 +177,7 @@ impl Shared {
         inode.entry.write(offset, data).map_err(|error| cache_error(inode.ino, error))?;
         if !data.is_empty() {
             local.size = local.size.max(Some(end));
+            local.unnoted.insert(offset..end);
             self.touch(inode, &mut local, drop_privileges);
         }
         let much = inode.entry.dirty_bytes() > self.settings.dirty_inode_bytes;

@@ -1,7 +1,7 @@
 //! Files: open, read, write, fsync, close, and what else is done to bytes.
 
 use bytes::Bytes;
-use ctfs_meta::{Change, MetaError, NewContent, SetAttr};
+use ctfs_meta::{Change, Durability, MetaError, NewContent, SetAttr};
 use ctfs_types::{Attr, FileKind, FileUse, Ino};
 
 use super::{Vfs, names::new_node};
@@ -164,15 +164,16 @@ impl Vfs {
     }
 
     /// One descriptor of the handle was closed: whoever opens the file next, anywhere, sees everything
-    /// that was written. Where this server holds the directory, little is written back just after; else
-    /// it is durable when this answers. Drops the process's record locks.
+    /// that was written. Where this server holds the directory, little is written back just after; elsewhere
+    /// little goes into the journal, and what is more is durable when this answers. Drops the process's
+    /// record locks.
     ///
     /// # Errors
     /// What this handle has not been told yet of lost writes, once.
     pub async fn flush(&self, ino: Ino, handle: HandleId, owner: u64) -> Result<(), FsError> {
         let mode = self.handles.mode(handle, ino)?;
         let written = match mode.write {
-            true if self.content.flush_soon(ino) => self.handles.take_error(handle).map_or(Ok(()), Err),
+            true if self.content.flush_soon(ino) || self.content.write_down(ino).await.unwrap_or(false) => self.handles.take_error(handle).map_or(Ok(()), Err),
             true => self.write_back(ino, handle).await,
             false => Ok(()),
         };
@@ -185,10 +186,19 @@ impl Vfs {
     /// As [`Self::flush`].
     pub async fn fsync(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, ino)?;
+        if self.is_in_journal(ino).await? {
+            return self.handles.take_error(handle).map_or(Ok(()), Err);
+        }
         self.write_back(ino, handle).await?;
         let settled = self.meta.settled().await;
         // Also what was lost meanwhile.
         self.handles.take_error(handle).map_or(settled, Err)
+    }
+
+    /// Whether everything written to the file is durable by the journal, as its directory asks.
+    async fn is_in_journal(&self, ino: Ino) -> Result<bool, FsError> {
+        let class = self.meta.replica().read().effective_policy(ino)?.durability;
+        Ok(class <= Durability::Pair && self.content.write_down(ino).await? && self.meta.durable(class).await?)
     }
 
     async fn write_back(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {

@@ -149,9 +149,9 @@ fn a_directory_keeps_its_setgid_bit_when_its_owner_changes() {
 fn a_write_of_the_unprivileged_drops_setuid() {
     let mut volume = Volume::new();
     let ino = volume.make(ROOT, "a", node(NewContent::File, 0o4755)).ino;
-    volume.ok(Op::Write { ino, cells: vec![], size_at_least: 1, mtime: None, drop_privileges: false, appends_at: None });
+    volume.ok(Op::Write { ino, cells: vec![], size_at_least: 1, mtime: None, drop_privileges: false, appends_at: None, noted: None });
     assert_eq!((volume.attr(ino).mode, volume.attr(ino).mtime), (0o4755, volume.now()));
-    volume.ok(Op::Write { ino, cells: vec![], size_at_least: 1, mtime: None, drop_privileges: true, appends_at: None });
+    volume.ok(Op::Write { ino, cells: vec![], size_at_least: 1, mtime: None, drop_privileges: true, appends_at: None, noted: None });
     assert_eq!(volume.attr(ino).mode, 0o755);
 }
 

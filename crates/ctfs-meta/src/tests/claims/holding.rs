@@ -114,7 +114,7 @@ fn a_fenced_life_loses_what_it_holds_and_does_nothing_more() {
     let lock = super::super::harness::record_lock(super::super::harness::owner(1, 1, 7), true, 0, 9);
     volume.ok(Op::Lock { ino, lock: lock.clone() });
     volume.ok(Op::Fence { node: one, incarnation: life });
-    assert!(volume.changes.contains(&Change::Fenced { node: one, incarnation: life }));
+    assert!(volume.changes.contains(&Change::Fenced { node: one, incarnation: life, pair: None }));
     assert_eq!(volume.attr(ino).usage, FileUse::Free);
     assert_eq!(volume.ns.locks(ino, crate::LockKind::Record).unwrap(), []);
     assert!(volume.ns.is_ended(life).unwrap());
@@ -138,6 +138,7 @@ fn an_append_is_refused_when_the_file_has_grown() {
         mtime: None,
         drop_privileges: false,
         appends_at: Some(at),
+        noted: None,
     };
     volume.ok(append(0, 5));
     assert_eq!(volume.run(append(0, 7)), Err(MetaError::SizeChanged(ino)));

@@ -14,9 +14,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, TierSettings};
 use ctfs_meta::{
+    Durability,
     About, Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Policy, Reply, SharedNamespace, Subject,
 };
-use ctfs_types::{LogIndex, 
+use ctfs_types::{FileBytes, LogIndex, 
     Attr, CellSize, ChunkId, ExtentData, FileName, Holder, Incarnation, Ino, NodeId, RequestId, Stamp, Timestamp,
 };
 use parking_lot::{Mutex, RwLock};
@@ -82,7 +83,7 @@ impl Cluster {
             late: Mutex::default(),
             before_get: Mutex::default(),
         });
-        let policy = Policy { copies: None, cell: CellSize::from_bytes(CELL) };
+        let policy = Policy { cell: CellSize::from_bytes(CELL), ..Policy::default() };
         cluster.apply(Op::SetPolicy { ino: Ino::ROOT, policy }).unwrap();
         cluster
     }
@@ -149,7 +150,7 @@ impl Cluster {
         let expect = old.map_or(Stamp(0), |old| old.extent.stamp);
         let write = CellWrite { cell, expect, start: 0, data: Some(data), copies: 0 };
         self.chunks.lock().insert(ChunkId(*blake3::hash(&bytes).as_bytes()), bytes);
-        self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false, appends_at: None }).unwrap();
+        self.apply(Op::Write { ino, cells: vec![write], size_at_least, mtime: None, drop_privileges: false, appends_at: None, noted: None }).unwrap();
     }
 
     /// Deletes every chunk, as collection does with those that nothing names.
@@ -272,6 +273,20 @@ impl Metadata for Access {
 
     fn request(&self) -> Arc<dyn Request> {
         Arc::new(Numbered { cluster: self.cluster.clone(), seq: self.cluster.seq.fetch_add(1, SeqCst) })
+    }
+
+    fn write_down(&self, _bytes: &FileBytes) -> Option<u64> {
+        None
+    }
+
+    fn let_go(&self, _ino: Ino, _upto: u64) {}
+
+    fn kept_from(&self) -> u64 {
+        0
+    }
+
+    async fn durable(&self, _class: Durability) -> Result<bool, FsError> {
+        Ok(false)
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

@@ -17,8 +17,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{CacheTier, TierSettings};
-use ctfs_meta::{About, Ahead, Batch, Change, Command, MemoryStore, Namespace, Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{Attr, ChunkId, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId};
+use ctfs_meta::{About, Ahead, Batch, Change, Command, Durability, MemoryStore, Namespace, Op, Reply, SharedNamespace, Subject};
+use ctfs_types::{Attr, ChunkId, FileBytes, Holder, Incarnation, Ino, LogIndex, NodeId, RequestId};
 use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport, Vfs, VfsSettings};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
@@ -245,6 +245,20 @@ impl Metadata for MemoryMeta {
 
     async fn settled(&self) -> Result<(), FsError> {
         Ok(())
+    }
+
+    fn write_down(&self, _bytes: &FileBytes) -> Option<u64> {
+        None
+    }
+
+    fn let_go(&self, _ino: Ino, _upto: u64) {}
+
+    fn kept_from(&self) -> u64 {
+        0
+    }
+
+    async fn durable(&self, _class: Durability) -> Result<bool, FsError> {
+        Ok(false)
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

@@ -61,6 +61,7 @@ impl World {
             state: MemberState::Active,
             incarnation: Incarnation(number),
             fenced: false,
+            pair: None,
             version: String::new(),
             joined: Timestamp::EPOCH,
         };

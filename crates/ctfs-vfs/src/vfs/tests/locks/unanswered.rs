@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use ctfs_chunk::{CacheTier, TierSettings};
-use ctfs_meta::{Reply, SharedNamespace, Subject};
-use ctfs_types::{ChunkId, Holder, LogIndex};
+use ctfs_meta::{Durability, Reply, SharedNamespace, Subject};
+use ctfs_types::{ChunkId, FileBytes, Holder, Ino, LogIndex};
 
 use super::{super::memory::MemoryMeta, *};
 use crate::{ChunkAccess, Holders, Request, SpaceReport};
@@ -56,6 +56,20 @@ impl Metadata for Line {
 
     async fn settled(&self) -> Result<(), FsError> {
         Ok(())
+    }
+
+    fn write_down(&self, _bytes: &FileBytes) -> Option<u64> {
+        None
+    }
+
+    fn let_go(&self, _ino: Ino, _upto: u64) {}
+
+    fn kept_from(&self) -> u64 {
+        0
+    }
+
+    async fn durable(&self, _class: Durability) -> Result<bool, FsError> {
+        Ok(false)
     }
 
     async fn barrier(&self) -> Result<(), FsError> {

@@ -48,7 +48,7 @@ pub async fn servers(setup: Setup) -> (Vec<Server>, std::sync::Arc<Cluster>, tem
     let servers: Vec<Server> = (1..=SERVERS as u64)
         .map(|node| cluster.server_with_cache(node, dir.path(), settings.clone(), setup.cache_bytes))
         .collect();
-    let policy = Policy { copies: None, cell: Some(cell_size()) };
+    let policy = Policy { cell: Some(cell_size()), ..Policy::default() };
     servers[0].meta.propose_op(Op::SetPolicy { ino: Ino::ROOT, policy }).await.unwrap();
     cluster.seed(setup.seed);
     cluster.set_weather(Weather { pauses: setup.pauses, ..Weather::default() });
