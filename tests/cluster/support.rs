@@ -195,6 +195,7 @@ pub struct Daemon(rustix::process::Pid);
 impl Daemon {
     pub fn kill(self) {
         rustix::process::kill_process(self.0, rustix::process::Signal::KILL).expect("kill the daemon");
+        wait_for("end of the daemon", Duration::from_secs(10), || rustix::process::test_kill_process(self.0).is_err().then_some(()));
     }
 }
 
