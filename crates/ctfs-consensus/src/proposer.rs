@@ -182,6 +182,7 @@ impl Request {
             return Ok(());
         }
         let mut replica = self.core.replica.write();
+        self.core.settle_locks(&mut replica, op);
         match replica.sets_out(op) {
             Ok(inos) => {
                 self.on_the_way.lock().extend(inos);

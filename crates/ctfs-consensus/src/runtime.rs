@@ -196,6 +196,12 @@ impl Consensus {
         self.core.happen(op)
     }
 
+    /// From here on nothing happens ahead of the log by these directories, which are about to be given up;
+    /// what only this server knows of locks there is on its way to the log.
+    pub fn close_ahead(&self, dirs: &[Ino]) {
+        self.core.close_ahead(dirs);
+    }
+
     /// From here on what happens here is written down there; without a journal nothing does.
     pub fn set_journal(&self, journal: Arc<Journal>) {
         self.core.stream.set_journal(journal);

@@ -21,7 +21,7 @@ use std::{
 
 use ctfs_journal::{Journal, Position};
 use ctfs_meta::{About, Ahead, Command, MetaError, Namespace, Op, Reply};
-use ctfs_types::{Holder, RequestId, Timestamp};
+use ctfs_types::{Holder, Ino, RequestId, Timestamp};
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, watch},
@@ -239,10 +239,20 @@ impl Core {
         if grows(op) && if self.leads() { self.is_short_of_room() } else { self.refuses_growth.load(Relaxed) } {
             return None;
         }
-        let journal = self.stream.journal().filter(|_| self.stream.keeps_up(&self.settings.limits))?;
         let holder = Holder { node: self.me, incarnation: self.incarnation() };
         let mut replica = self.replica.write();
         replica.is_visible(*self.visible.borrow());
+        match replica.lock_here(op, holder) {
+            // After a pause others may know better.
+            Ok(Some(answer)) => return self.leased().then_some(Happened::Answered(answer)),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(%error, "the metadata store failed");
+                return None;
+            }
+        }
+        let journal = self.stream.journal().filter(|_| self.stream.keeps_up(&self.settings.limits))?;
+        self.settle_locks(&mut replica, op);
         let now = Instant::now();
         let (seq, answered) = {
             let mut numbers = self.numbers.lock();
@@ -282,6 +292,45 @@ impl Core {
                 unused();
                 tracing::error!(%error, "the metadata store failed");
                 None
+            }
+        }
+    }
+
+    /// Before a command after which others may look: has locks that only this server knows happen ahead of
+    /// the log, so that they reach it before the command does.
+    pub fn settle_locks(&self, replica: &mut Namespace, before: &Op) {
+        match replica.settle_locks(before) {
+            Ok(ops) => self.settle(replica, ops),
+            Err(error) => tracing::error!(%error, "the metadata store failed"),
+        }
+    }
+
+    /// From here on nothing happens ahead of the log by these directories, which are about to be given up.
+    pub fn close_ahead(&self, dirs: &[Ino]) {
+        let mut replica = self.replica.write();
+        match replica.settle_locks_in(dirs) {
+            Ok(ops) => self.settle(&mut replica, ops),
+            Err(error) => tracing::error!(%error, "the metadata store failed"),
+        }
+        replica.close_ahead(dirs);
+    }
+
+    fn settle(&self, replica: &mut Namespace, ops: Vec<Op>) {
+        let holder = Holder { node: self.me, incarnation: self.incarnation() };
+        for op in ops {
+            let (seq, answered) = self.numbers.lock().take(Instant::now());
+            let request = RequestId { client: holder.incarnation.0, seq };
+            let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), about: About::Ahead, op };
+            match replica.settle_ahead(&mut command, holder) {
+                Ok(Ahead::Happened { .. }) => match self.stream.journal.lock().clone() {
+                    Some(journal) => self.stream.push(&journal, command),
+                    None => tracing::error!("a lock is not written down and lost: there is no journal"),
+                },
+                // The life has ended, and its locks with it.
+                other => {
+                    tracing::warn!(?other, "a lock that only this server knew is lost");
+                    self.numbers.lock().done(seq, true, Instant::now());
+                }
             }
         }
     }

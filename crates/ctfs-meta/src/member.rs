@@ -69,3 +69,21 @@ pub enum Durability {
     /// On every server's.
     All,
 }
+
+impl Durability {
+    pub const EACH: [Self; 4] = [Self::Local, Self::Pair, Self::Quorum, Self::All];
+
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Pair => "pair",
+            Self::Quorum => "quorum",
+            Self::All => "all",
+        }
+    }
+
+    pub fn of_name(name: &[u8]) -> Option<Self> {
+        Self::EACH.into_iter().find(|class| class.name().as_bytes() == name)
+    }
+}

@@ -79,6 +79,10 @@ impl Metadata for ReplicatedMetadata {
         })
     }
 
+    fn close_ahead(&self, dirs: &[Ino]) {
+        self.consensus.close_ahead(dirs);
+    }
+
     async fn settled(&self) -> Result<(), FsError> {
         self.consensus.await_streamed().await.map_err(no_quorum)
     }

@@ -33,6 +33,10 @@ pub trait Metadata: Send + Sync + 'static {
     /// anything that is asked afterwards. `None`: it must be proposed.
     fn happen(&self, op: &Op) -> Option<Happened>;
 
+    /// From here on nothing happens at once by these directories, which are about to be given up; what
+    /// only this server knows is on its way to the others.
+    fn close_ahead(&self, dirs: &[Ino]);
+
     /// Returns when all that has happened here before the call is in the log.
     ///
     /// # Errors

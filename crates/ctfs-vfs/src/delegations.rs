@@ -177,7 +177,7 @@ impl Delegations {
             }
         }
         let dirs: Vec<Ino> = given.iter().map(|(dir, _)| *dir).collect();
-        self.inner.replica().write().close_ahead(&dirs);
+        self.inner.close_ahead(&dirs);
         match self.inner.request().propose(Op::Disown { files: given, holder: me, shared }).await {
             Ok(_) | Err(FsError::Meta(_)) => {
                 // Closed once by this, and once more by an earlier try whose outcome was not known.
@@ -338,6 +338,10 @@ impl Metadata for RuledMetadata {
 
     fn happen(&self, op: &Op) -> Option<Happened> {
         self.0.try_ahead(op)
+    }
+
+    fn close_ahead(&self, dirs: &[Ino]) {
+        self.0.inner.close_ahead(dirs);
     }
 
     async fn settled(&self) -> Result<(), FsError> {

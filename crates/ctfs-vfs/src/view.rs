@@ -3,7 +3,7 @@
 
 use std::cell::Cell as Slot;
 
-use ctfs_meta::{DirEntry, Lock, LockKind, LockOwner, MetaError, Namespace, Quota, Subject, Totals};
+use ctfs_meta::{DirEntry, Durability, Lock, LockKind, LockOwner, MetaError, Namespace, Quota, Subject, Totals};
 use ctfs_types::{Attr, FileKind, FileName, Holder, Ino, LogIndex};
 
 use crate::{FsError, Metadata};
@@ -114,6 +114,12 @@ impl<'a> View<'a> {
     pub fn quota(&self, dir: Ino) -> Read<Quota> {
         self.look(dir, || Subject::Inode(dir))?;
         Ok(self.ns.quota(dir)?)
+    }
+
+    /// What fsync waits for.
+    pub fn durability(&self, ino: Ino) -> Read<Durability> {
+        self.look_at_all();
+        Ok(self.ns.effective_policy(ino)?.durability)
     }
 
     pub fn totals(&self, dir: Ino) -> Read<Option<Totals>> {

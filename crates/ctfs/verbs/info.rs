@@ -57,7 +57,7 @@ fn render(report: &InfoReport, most: usize) -> String {
     let mut text = format!("{}\n", report.path);
     text += &format!("  inode   {} ({})\n", report.ino, report.kind);
     text += &format!("  size    {} ({} bytes), {} allocated\n", report.size, grouped(report.size.0), report.allocated);
-    let class = super::policy::class_name(report.durability);
+    let class = report.durability.name();
     text += &format!("  policy  copies {copies}; cells of {}; durability {class}\n", report.cell);
     if let Some(holder) = &report.holder {
         text += &format!("  held    by {holder}, which alone changes it now\n");

@@ -50,17 +50,8 @@ enum Verb {
     },
 }
 
-/// The classes by name.
-const CLASSES: [(&str, Durability); 4] =
-    [("local", Durability::Local), ("pair", Durability::Pair), ("quorum", Durability::Quorum), ("all", Durability::All)];
-
 fn durability(text: &str) -> Result<Durability, String> {
-    let class = CLASSES.into_iter().find(|(name, _)| *name == text);
-    class.map(|(_, class)| class).ok_or_else(|| "a class is local, pair, quorum or all".into())
-}
-
-pub fn class_name(class: Durability) -> &'static str {
-    CLASSES.into_iter().find(|(_, named)| *named == class).map_or("", |(name, _)| name)
+    Durability::of_name(text.as_bytes()).ok_or_else(|| "a class is local, pair, quorum or all".into())
 }
 
 fn cell_size(text: &str) -> Result<CellSize, String> {
@@ -95,7 +86,7 @@ fn render(report: &PolicyReport) -> String {
         report.copies_now,
         report.cell,
         origin(report.cell_set.is_some()),
-        class_name(report.durability),
+        report.durability.name(),
         origin(report.durability_set.is_some()),
     )
 }
@@ -123,9 +114,8 @@ mod tests {
 
     #[test]
     fn a_class_of_durability_is_one_of_four() {
-        for (name, class) in CLASSES {
-            assert_eq!(durability(name), Ok(class));
-            assert_eq!(class_name(class), name);
+        for class in Durability::EACH {
+            assert_eq!(durability(class.name()), Ok(class));
         }
         assert!(durability("two").is_err());
     }

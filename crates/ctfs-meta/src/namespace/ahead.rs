@@ -54,6 +54,10 @@ pub struct Layer {
     /// Files that came under a holding by this entry: until that is visible everywhere, others may show
     /// what they knew of them.
     newly_covered: BTreeMap<Ino, LogIndex>,
+    /// Inodes with locks that only this server knows; see [`super::own_locks`].
+    pub own_locks: BTreeSet<Ino>,
+    /// What is about to be said of such locks, whatever else is on its way to their files.
+    is_settling: bool,
 }
 
 /// One command ahead of the log.
@@ -82,7 +86,7 @@ impl Layer {
     }
 
     pub fn is_on_the_way(&self, ino: Ino) -> bool {
-        self.on_the_way.contains_key(&ino)
+        self.on_the_way.contains_key(&ino) && !self.is_settling
     }
 
     pub fn is_newly_covered(&self, ino: Ino) -> bool {
@@ -147,15 +151,7 @@ impl Namespace {
         }
         let mut txn = Txn::new(View::ahead(&*self.store, &self.layer.records, &self.layer.sums));
         let mut counters = self.counters.clone();
-        let mut apply = Apply {
-            txn: &mut txn,
-            counters: &mut counters,
-            request: command.request,
-            at: command.at,
-            freed_max: self.freed_max,
-            is_left: false,
-            counted: BTreeMap::new(),
-        };
+        let mut apply = Apply::of_one(&mut txn, &mut counters, command.request, command.at, self.freed_max);
         let outcome = apply.dispatch(&command.op);
         let at_home = match &outcome {
             Err(Fail::Store(error)) => return Err(error.clone()),
@@ -213,6 +209,17 @@ impl Namespace {
         Ok(node.ino.is_some())
     }
 
+    /// As [`Self::apply_ahead`], of what [`Self::settle_locks`] answered.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn settle_ahead(&mut self, command: &mut Command, holder: Holder) -> Result<Ahead, StoreError> {
+        self.layer.is_settling = true;
+        let settled = self.apply_ahead(command, holder);
+        self.layer.is_settling = false;
+        settled
+    }
+
     /// Forgets what is ahead of the log and not in it yet.
     pub fn drop_ahead(&mut self) {
         let Layer { on_the_way, newly_covered, .. } = std::mem::take(&mut self.layer);
@@ -255,7 +262,7 @@ impl Namespace {
     }
 
     /// Inodes whose records the command may change.
-    fn inodes_of(&self, op: &Op) -> Result<Vec<Ino>, StoreError> {
+    pub(super) fn inodes_of(&self, op: &Op) -> Result<Vec<Ino>, StoreError> {
         let mut inos = match op {
             Op::Make { parent, .. } => vec![*parent],
             Op::Link { ino, parent, .. } => vec![*ino, *parent],
@@ -326,8 +333,11 @@ impl Namespace {
     /// # Errors
     /// The store failed.
     pub fn take_ahead_of(&mut self, old: &mut Namespace) -> Result<Vec<RequestId>, StoreError> {
-        let Layer { waiting, holder, closed, on_the_way, newly_covered, born, .. } = std::mem::take(&mut old.layer);
+        let Layer { waiting, holder, closed, on_the_way, newly_covered, born, own_locks, mut records, .. } = std::mem::take(&mut old.layer);
         self.layer.born = born;
+        let locks = own_locks.iter().map(|ino| keys::locks(*ino)).filter_map(|key| records.remove_entry(&key));
+        self.layer.records.extend(locks);
+        self.layer.own_locks = own_locks;
         let mut lost = Vec::new();
         for Waiting { mut command, .. } in waiting {
             let Some(holder) = holder else { break };
@@ -393,7 +403,7 @@ fn count_down(counts: &mut BTreeMap<Ino, u32>, inos: &[Ino]) {
     }
 }
 
-fn store_only(fail: Fail) -> StoreError {
+pub(super) fn store_only(fail: Fail) -> StoreError {
     match fail {
         Fail::Store(error) => error,
         Fail::Verdict(verdict) => StoreError::Corrupt { key: Vec::new(), why: format!("no inode where one was: {verdict}") },

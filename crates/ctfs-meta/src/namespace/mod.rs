@@ -1,7 +1,7 @@
 //! What the namespace does with a command.
 //!
 //! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
-//! whole), then by subject: [`names`], [`numbers`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`quotas`],
+//! whole), then by subject: [`names`], [`numbers`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`own_locks`], [`quotas`],
 //! [`cluster`], [`lives`]; [`reads`] is what everybody else asks.
 
 mod acl;
@@ -17,6 +17,7 @@ mod lives;
 mod locks;
 mod names;
 mod numbers;
+mod own_locks;
 mod quotas;
 mod reads;
 mod records;
@@ -371,6 +372,13 @@ fn run(
     }
     txn.put(key, &verdict);
     Ok(verdict)
+}
+
+impl<'a, 'b> Apply<'a, 'b> {
+    /// For a command that happens here, ahead of the log or without it.
+    fn of_one(txn: &'a mut Txn<'b>, counters: &'a mut Counters, request: RequestId, at: Timestamp, freed_max: usize) -> Self {
+        Self { txn, counters, request, at, freed_max, is_left: false, counted: BTreeMap::new() }
+    }
 }
 
 impl Apply<'_, '_> {

@@ -66,6 +66,9 @@ struct World {
     recalled: u64,
     /// Commands that touched what their own server holds and did not keep from going ahead.
     refused: u64,
+    /// Commands about locks that no log has seen, and locks of those that one had to see later.
+    locked: u64,
+    settled: u64,
 }
 
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
@@ -81,6 +84,8 @@ impl World {
             happened: 0,
             recalled: 0,
             refused: 0,
+            locked: 0,
+            settled: 0,
         }
     }
 
@@ -137,9 +142,28 @@ impl World {
         }
     }
 
+    /// What only this server knows of locks becomes known before the command sets out.
+    fn settle(&mut self, s: usize, ops: Vec<Op>) {
+        self.settled += ops.len() as u64;
+        for op in ops {
+            let mut command = self.servers[s].command(About::Ahead, op, self.ticks);
+            let holder = self.servers[s].holder();
+            match self.servers[s].ns.settle_ahead(&mut command, holder).unwrap() {
+                Ahead::Happened { reply, .. } => self.servers[s].queue.push_back((command, reply)),
+                other => panic!("a lock that was held is {other:?}"),
+            }
+        }
+    }
+
+    fn sets_out(&mut self, s: usize, op: &Op) -> Vec<Ino> {
+        let ops = self.servers[s].ns.settle_locks(op).unwrap();
+        self.settle(s, ops);
+        self.servers[s].ns.sets_out(op).unwrap()
+    }
+
     fn propose(&mut self, s: usize, op: Op) -> Verdict {
         self.land(s);
-        let inos = self.servers[s].ns.sets_out(&op).unwrap();
+        let inos = self.sets_out(s, &op);
         self.send(s, usize::MAX);
         self.ticks += 1;
         let command = self.servers[s].command(About::Inodes(inos.clone()), op, self.ticks);
@@ -151,8 +175,14 @@ impl World {
 
     fn run(&mut self, s: usize, op: Op) -> Verdict {
         self.ticks += 1;
-        let mut command = self.servers[s].command(About::Ahead, op.clone(), self.ticks);
         let holder = self.servers[s].holder();
+        if let Some(verdict) = self.servers[s].ns.lock_here(&op, holder).unwrap() {
+            self.locked += u64::from(verdict.is_ok());
+            return verdict;
+        }
+        let ops = self.servers[s].ns.settle_locks(&op).unwrap();
+        self.settle(s, ops);
+        let mut command = self.servers[s].command(About::Ahead, op.clone(), self.ticks);
         match self.servers[s].ns.apply_ahead(&mut command, holder).unwrap() {
             Ahead::Happened { reply, .. } => {
                 self.happened += 1;
@@ -163,7 +193,7 @@ impl World {
             Ahead::NotAlone => {}
         }
         if self.chance.below(4) == 0 && self.servers[s].on_the_way.is_none() {
-            let inos = self.servers[s].ns.sets_out(&op).unwrap();
+            let inos = self.sets_out(s, &op);
             self.send(s, usize::MAX);
             self.ticks += 1;
             let command = self.servers[s].command(About::Inodes(inos.clone()), op, self.ticks);
@@ -188,6 +218,8 @@ impl World {
         self.send(s, usize::MAX);
         self.apply(s, usize::MAX);
         let holder = self.servers[s].holder();
+        let ops = self.servers[s].ns.settle_locks_in(&[ino]).unwrap();
+        self.settle(s, ops);
         self.servers[s].ns.close_ahead(&[ino]);
         if self.servers[s].ns.cover(ino).unwrap() == Some((ino, holder)) {
             let more = Op::SetAttr { ino, set: SetAttr { mode: Some(0o700), ..SetAttr::default() } };
@@ -245,7 +277,7 @@ impl World {
             }
         }
         let (holder, life) = (self.servers[s].holder(), self.servers[s].life);
-        match self.chance.below(44) {
+        match self.chance.below(52) {
             0..=8 => {
                 let content = match self.chance.below(8) {
                     0..=3 => NewContent::File,
@@ -282,6 +314,9 @@ impl World {
             39 => Op::SetPolicy { ino: dir, policy: Policy { copies: Some(self.chance.below(3) as u8), ..Policy::default() } },
             40 => Op::ReserveInos { count: 1 + self.chance.below(40) as u32 },
             41 => Op::SetQuota { ino: dir, quota: crate::Quota { files: (self.chance.below(2) == 0).then_some(50), ..crate::Quota::default() } },
+            43..=48 => Op::Lock { ino: file, lock: record_lock(owner(life, life, self.chance.below(2) as u64), self.chance.below(3) == 0, 0, 9) },
+            49 => Op::AwaitLock { ino: file, lock: record_lock(owner(life, life, self.chance.below(2) as u64), true, 0, 9), ticket: self.ticks },
+            50 => Op::UnlockAll { ino: file, owner: owner(life, life, self.chance.below(2) as u64) },
             42 => Op::FreeCells { inos: self.servers[s].ns.unfreed(3) },
             _ => Op::Noop,
         }
@@ -314,6 +349,9 @@ impl World {
         }
         for s in 0..2 {
             self.land(s);
+            let all: Vec<Ino> = self.inodes(s).into_iter().map(|(ino, _)| ino).collect();
+            let ops = self.servers[s].ns.settle_locks_in(&all).unwrap();
+            self.settle(s, ops);
             self.send(s, usize::MAX);
         }
         for s in 0..2 {
@@ -327,14 +365,17 @@ impl World {
 
 #[test]
 fn histories_of_two_servers_have_enough_ahead_and_recalled_to_mean_something() {
-    let (mut happened, mut recalled, mut refused) = (0, 0, 0);
+    let (mut happened, mut recalled, mut refused, mut locked, mut settled) = (0, 0, 0, 0, 0);
     for seed in 1..20 {
         let mut world = World::new(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(seed));
         world.live(400);
         happened += world.happened;
         recalled += world.recalled;
         refused += world.refused;
+        locked += world.locked;
+        settled += world.settled;
     }
+    assert!(locked > 20 && settled > 10, "{locked} locks here alone, {settled} told later");
     assert!(happened > 200 && recalled > 200, "{happened} ahead, {recalled} recalled");
     println!("{refused} were about more than their server knew");
 }

@@ -12,7 +12,7 @@ use ctfs_types::{Attr, CellIndex, ExtentData, Ino, Stamp, Timestamp, limits::INL
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::{debug, warn};
 
-use super::{Inode, Shared, attr_of, cache_error, doubt::Turn, extent_of, tag_of};
+use super::{Inode, Shared, attr_of, cache_error, doubt::Turn, extent_of, tag_of, written::unflushed_of};
 use crate::FsError;
 
 /// Cells in one command: with 50 bytes each they stay far below what a command may hold.
@@ -198,6 +198,10 @@ impl Shared {
             other => other,
         };
         let mut local = inode.local.lock();
+        if flushed.is_ok() {
+            // What was flushed is missing in no journal, and must not be looked at each time.
+            local.unnoted = unflushed_of(&inode.entry.view(), &local.unnoted);
+        }
         if !self.rest_if_clean(inode, &mut local) && flushed.is_ok() {
             local.since = Some(Instant::now());
         }

@@ -9,7 +9,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use ctfs_chunk::tier::{Base, View};
+use ctfs_chunk::tier::{Base, RangeSet, View};
 use ctfs_types::{FileBytes, Ino};
 use tracing::debug;
 
@@ -44,14 +44,14 @@ impl Shared {
             return Ok(false);
         }
         let view = inode.entry.view();
-        let missing: Vec<Range<u64>> = local.unnoted.iter().flat_map(|range| view.unflushed_in(range)).collect();
-        let bytes: u64 = missing.iter().map(|range| range.end - range.start).sum();
+        let missing = unflushed_of(&view, &local.unnoted);
+        let bytes = missing.len();
         if bytes > WRITTEN_DOWN_MAX {
             return Ok(false);
         }
         if bytes > 0 {
-            let mut pieces = Vec::with_capacity(missing.len());
-            for range in missing {
+            let mut pieces = Vec::new();
+            for range in missing.iter() {
                 // The flush knows what to do about bytes that cannot be read.
                 if !read_unflushed(inode, &view, range, &mut pieces) {
                     return Ok(false);
@@ -76,6 +76,15 @@ impl Shared {
     pub(super) async fn flush_written_down(&self, inode: &Arc<Inode>, turn: &mut Turn) -> Result<(), FsError> {
         if inode.local.lock().noted_upto == 0 { Ok(()) } else { self.flush_locked(inode, turn, Cut::Everything).await }
     }
+}
+
+/// The parts of these ranges that are unflushed.
+pub(super) fn unflushed_of(view: &View<'_>, ranges: &RangeSet) -> RangeSet {
+    let mut unflushed = RangeSet::new();
+    for range in ranges.iter().flat_map(|range| view.unflushed_in(range)) {
+        unflushed.insert(range);
+    }
+    unflushed
 }
 
 /// Answers whether all of a range could be read.

@@ -3,7 +3,7 @@
 //! All namespaces of xattr(7) are stored alike. The kernel decides who may touch `user.*`,
 //! `security.*` and `trusted.*`; hiding `trusted.*` from listings is left to the file system.
 
-use ctfs_meta::{MetaError, Op, SetAttr, XattrMode};
+use ctfs_meta::{Durability, MetaError, Op, Policy, SetAttr, XattrMode};
 use ctfs_types::{FileKind, Ino};
 
 use super::Vfs;
@@ -17,6 +17,8 @@ const TRUSTED: &[u8] = b"trusted.";
 const NAMESPACES: [&[u8]; 3] = [b"user.", TRUSTED, b"security."];
 /// What [`ctfs_meta`] takes away from a file that changes, and Linux from one that anybody writes.
 const CAPABILITY: &[u8] = b"security.capability";
+/// Of a directory: what fsync waits for, of all that is below it and says nothing else.
+const DURABILITY: &[u8] = b"ctfs.durability";
 
 fn is_acl(name: &[u8]) -> bool {
     name == ACL_ACCESS || name == ACL_DEFAULT
@@ -34,7 +36,7 @@ fn check_name(name: &[u8]) -> Result<(), FsError> {
 }
 
 impl Vfs {
-    /// The value of one attribute. `ctfs.files`, `ctfs.directories` and `ctfs.bytes` of a
+    /// The value of one attribute. `ctfs.durability` is what fsync waits for; `ctfs.files`, `ctfs.directories` and `ctfs.bytes` of a
     /// directory answer its recursive counts in decimal, `ctfs.quota.bytes` and `ctfs.quota.files` the
     /// limits set on it; they are not listed.
     ///
@@ -53,6 +55,10 @@ impl Vfs {
                     _ => None,
                 };
                 return Ok(limit.ok_or(MetaError::NoSuchXattr)?.to_string().into_bytes());
+            }
+            if name == DURABILITY {
+                view.attr_of(ino)?;
+                return Ok(view.durability(ino)?.name().as_bytes().to_vec());
             }
             if let Some(counter) = name.strip_prefix(b"ctfs.") {
                 let totals = view.totals(ino)?.ok_or(MetaError::NoSuchXattr)?;
@@ -98,6 +104,10 @@ impl Vfs {
         value: &[u8],
         flags: i32,
     ) -> Result<(), FsError> {
+        if name == DURABILITY {
+            let class = Durability::of_name(value).ok_or(FsError::Invalid("a class of durability is local, pair, quorum or all"))?;
+            return self.set_durability(caller, ino, Some(class)).await;
+        }
         self.may_change(caller, name)?;
         let mode = match flags {
             0 => XattrMode::Set,
@@ -118,11 +128,23 @@ impl Vfs {
     /// # Errors
     /// ENODATA when there is none, unless it is an access control list, as on every Linux file system.
     pub async fn removexattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
+        if name == DURABILITY {
+            return self.set_durability(caller, ino, None).await;
+        }
         self.may_change(caller, name)?;
         match self.meta.propose(Op::RemoveXattr { ino, name: name.to_vec() }).await {
             Err(FsError::Meta(MetaError::NoSuchXattr)) if is_acl(name) => Ok(()),
             decided => decided.map(drop),
         }
+    }
+
+    /// `None`: as the directories above say.
+    async fn set_durability(&self, caller: Caller, dir: Ino, durability: Option<Durability>) -> Result<(), FsError> {
+        if caller.uid != 0 {
+            return Err(FsError::NotPermitted);
+        }
+        let policy = self.meta.replica().read().policy(dir)?;
+        self.meta.propose(Op::SetPolicy { ino: dir, policy: Policy { durability, ..policy } }).await.map(drop)
     }
 
     /// Takes the capability of a file that is about to be written. For writes that the kernel sends

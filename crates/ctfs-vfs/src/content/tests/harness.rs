@@ -275,6 +275,10 @@ impl Metadata for Access {
         Arc::new(Numbered { cluster: self.cluster.clone(), seq: self.cluster.seq.fetch_add(1, SeqCst) })
     }
 
+    fn close_ahead(&self, dirs: &[Ino]) {
+        self.replica().write().close_ahead(dirs);
+    }
+
     fn write_down(&self, _bytes: &FileBytes) -> Option<u64> {
         None
     }

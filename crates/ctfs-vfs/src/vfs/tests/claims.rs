@@ -333,6 +333,24 @@ async fn a_directory_knows_how_much_is_below_it() {
 }
 
 #[tokio::test]
+async fn the_durability_class_of_a_directory_is_an_attribute_that_root_sets_and_all_below_inherits() {
+    let world = World::new(1);
+    let vfs = world.vfs(0);
+    let name = b"ctfs.durability";
+    let dir = vfs.mkdir(Caller::ROOT, ROOT, b"d", 0o755, 0).await.unwrap().ino;
+    let file = file(vfs, dir, "a", b"12345").await.ino;
+    assert_eq!(vfs.getxattr(ALICE, file, name).await.unwrap(), b"pair");
+    assert_eq!(errno(vfs.setxattr(ALICE, dir, name, b"local", 0).await), libc::EPERM);
+    assert_eq!(errno(vfs.setxattr(Caller::ROOT, dir, name, b"two", 0).await), libc::EINVAL);
+    assert_eq!(errno(vfs.setxattr(Caller::ROOT, file, name, b"local", 0).await), libc::ENOTDIR);
+    vfs.setxattr(Caller::ROOT, dir, name, b"local", 0).await.unwrap();
+    assert_eq!(vfs.getxattr(ALICE, file, name).await.unwrap(), b"local");
+    assert_eq!(vfs.getxattr(ALICE, ROOT, name).await.unwrap(), b"pair");
+    vfs.removexattr(Caller::ROOT, dir, name).await.unwrap();
+    assert_eq!(vfs.getxattr(ALICE, file, name).await.unwrap(), b"pair");
+}
+
+#[tokio::test]
 async fn statfs_answers_from_local_state_also_when_nobody_else_does() {
     let world = World::new(1);
     let vfs = world.vfs(0);

@@ -247,6 +247,10 @@ impl Metadata for MemoryMeta {
         Ok(())
     }
 
+    fn close_ahead(&self, dirs: &[Ino]) {
+        self.cluster.replica.write().close_ahead(dirs);
+    }
+
     fn write_down(&self, _bytes: &FileBytes) -> Option<u64> {
         None
     }

@@ -58,6 +58,10 @@ impl Metadata for Line {
         Ok(())
     }
 
+    fn close_ahead(&self, dirs: &[Ino]) {
+        self.replica().write().close_ahead(dirs);
+    }
+
     fn write_down(&self, _bytes: &FileBytes) -> Option<u64> {
         None
     }
