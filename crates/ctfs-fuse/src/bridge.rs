@@ -9,7 +9,7 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -122,6 +122,8 @@ fn reply_xattr(result: Result<Vec<u8>, FsError>, size: u32, reply: ReplyXattr) {
 struct Replies {
     vfs: Arc<Vfs>,
     caches: Arc<Caches>,
+    /// When the request came, before anything was looked at for it.
+    asked: Instant,
 }
 
 impl Replies {
@@ -131,7 +133,7 @@ impl Replies {
             Err(error) => return reply.error(errno(&error)),
         };
         let timeout = self.vfs.cache_timeout();
-        let permits = self.caches.permits(timeout);
+        let permits = self.caches.permits(timeout, self.asked);
         self.caches.looked_up(attr.ino, attr.size);
         reply.entry_with_ttls(&self.attr_timeout(&permits, &attr), &permits.entry(parent), &file_attr(&attr), generation(&attr));
         drop(permits);
@@ -146,7 +148,7 @@ impl Replies {
     /// "No such name", which the kernel may remember like a name.
     fn absent(&self, parent: Ino, name: FileName, reply: ReplyEntry) {
         let timeout = self.vfs.cache_timeout();
-        let permits = self.caches.permits(timeout);
+        let permits = self.caches.permits(timeout, self.asked);
         let entry = permits.entry(parent);
         if entry.is_zero() {
             return reply.error(Errno::ENOENT);
@@ -162,7 +164,7 @@ impl Replies {
             Err(error) => return reply.error(errno(&error)),
         };
         let timeout = self.vfs.cache_timeout();
-        let permits = self.caches.permits(timeout);
+        let permits = self.caches.permits(timeout, self.asked);
         self.caches.told_size(attr.ino, attr.size);
         reply.attr(&self.attr_timeout(&permits, &attr), &file_attr(&attr));
         drop(permits);
@@ -185,7 +187,7 @@ fn outlives(given: Duration, left: Duration) -> bool {
 
 impl Bridge {
     fn replies(&self) -> Replies {
-        Replies { vfs: self.vfs.clone(), caches: self.caches.clone() }
+        Replies { vfs: self.vfs.clone(), caches: self.caches.clone(), asked: Instant::now() }
     }
 }
 
@@ -373,7 +375,7 @@ impl Filesystem for Bridge {
                 Err(error) => return reply.error(errno(&error)),
             };
             let timeout = replies.vfs.cache_timeout();
-            let permits = replies.caches.permits(timeout);
+            let permits = replies.caches.permits(timeout, replies.asked);
             replies.caches.looked_up(attr.ino, attr.size);
             // One timeout serves for both here.
             let both = replies.attr_timeout(&permits, &attr).min(permits.entry(parent));
@@ -523,7 +525,7 @@ impl Filesystem for Bridge {
                 Err(error) => return reply.error(errno(&error)),
             };
             let timeout = replies.vfs.cache_timeout();
-            let permits = replies.caches.permits(timeout);
+            let permits = replies.caches.permits(timeout, replies.asked);
             let entry = permits.entry(dir);
             let mut told = Vec::new();
             for line in lines {

@@ -21,7 +21,7 @@ use crate::undo::KernelSize;
 /// programs here hold while their own `mkdir` there waits for the cluster. One sweep of the kernel's
 /// names, which is not cheap, thus serves a directory for as long as two servers are busy in it.
 const DIRECTORY_STAYS_HOT: Duration = Duration::from_secs(60);
-/// Attributes changed elsewhere within this time get no timeout: longer than a reply can be under
+/// For so long it is remembered when attributes changed elsewhere: longer than a reply can be under
 /// way between reading the replica and being written.
 const INODE_STAYS_HOT: Duration = Duration::from_secs(10);
 /// Marks kept; past it everything counts as just changed, for a minute.
@@ -71,6 +71,8 @@ pub enum Kept {
 pub struct Permits<'a> {
     marks: RwLockReadGuard<'a, Marks>,
     timeout: Duration,
+    /// The replica was looked at after this.
+    asked: Instant,
 }
 
 impl Permits<'_> {
@@ -83,10 +85,10 @@ impl Permits<'_> {
         }
     }
 
-    /// How long the kernel may keep the attributes of `ino`.
+    /// How long the kernel may keep the attributes of `ino`: not if they changed since it asked, because
+    /// what it gets may be of before.
     pub fn attr(&self, ino: Ino) -> Duration {
-        let now = Instant::now();
-        let changed = |at: &Instant| now.duration_since(*at) < INODE_STAYS_HOT;
+        let changed = |at: &Instant| *at >= self.asked;
         if self.timeout.is_zero()
             || self.marks.inodes.get(&ino).is_some_and(changed)
             || self.marks.everything.is_some_and(|hot| changed(&hot.last))
@@ -129,13 +131,17 @@ impl Marks {
 }
 
 impl Caches {
-    /// `timeout` is what the lease allows at this moment.
-    pub fn permits(&self, timeout: Duration) -> Permits<'_> {
-        Permits { marks: self.marks.read(), timeout }
+    /// `timeout` is what the lease allows at this moment; the kernel asked at `asked` or later.
+    pub fn permits(&self, timeout: Duration, asked: Instant) -> Permits<'_> {
+        Permits { marks: self.marks.read(), timeout, asked }
     }
 
-    /// A name in `dir` changed elsewhere: replies about `dir` carry no timeout from now on.
+    /// A name in `dir` changed elsewhere: replies about `dir` carry no timeout from now on. The kernel asks for
+    /// names only in what it knows, so nothing is under way about a directory that it does not.
     pub fn mark_directory(&self, dir: Ino) -> Kept {
+        if !self.is_known(dir) {
+            return Kept::Nothing;
+        }
         let now = Instant::now();
         let mut marks = self.marks.write();
         marks.make_room(now);
@@ -232,17 +238,31 @@ mod tests {
 
     #[test]
     fn a_directory_changed_elsewhere_gives_no_entry_timeout() {
-        let caches = Caches::default();
-        assert_eq!(caches.permits(SECOND).entry(Ino(5)), SECOND);
+        let (caches, now) = (Caches::default(), Instant::now());
+        assert_eq!(caches.mark_directory(Ino(5)), Kept::Nothing, "the kernel does not know it");
+        caches.looked_up(Ino(5), 0);
+        assert_eq!(caches.permits(SECOND, now).entry(Ino(5)), SECOND);
         let kept = caches.mark_directory(Ino(5));
-        assert_eq!(caches.permits(SECOND).entry(Ino(5)), Duration::ZERO);
-        assert_eq!(caches.permits(SECOND).entry(Ino(6)), SECOND);
+        assert_eq!(caches.permits(SECOND, now).entry(Ino(5)), Duration::ZERO);
+        assert_eq!(caches.permits(SECOND, now).entry(Ino(6)), SECOND);
         assert_eq!(caches.mark_directory(Ino(5)), kept, "it stays marked since the first change");
     }
 
     #[test]
+    fn attributes_changed_elsewhere_since_the_kernel_asked_have_no_timeout() {
+        let (caches, before) = (Caches::default(), Instant::now());
+        caches.mark_inode(Ino(5));
+        let after = Instant::now();
+        assert_eq!(caches.permits(SECOND, before).attr(Ino(5)), Duration::ZERO);
+        assert_eq!(caches.permits(SECOND, before).attr(Ino(6)), SECOND);
+        assert_eq!(caches.permits(SECOND, after + Duration::from_nanos(1)).attr(Ino(5)), SECOND, "it sees the change");
+    }
+
+    #[test]
     fn of_a_directory_that_was_swept_the_kernel_keeps_nothing() {
-        let caches = Caches::default();
+        let (caches, now) = (Caches::default(), Instant::now());
+        caches.looked_up(Ino(5), 0);
+        caches.looked_up(Ino(6), 0);
         let Kept::Before(since) = caches.mark_directory(Ino(5)) else { panic!("nobody has swept it") };
         let earlier = since.checked_sub(SECOND).unwrap();
         let both = || [Ino(5), Ino(6)].into_iter();
@@ -253,23 +273,23 @@ mod tests {
         caches.swept(&[Ino(5)], since);
         assert_eq!(caches.mark_directory(Ino(5)), Kept::Nothing);
         assert_ne!(caches.mark_directory(Ino(6)), Kept::Nothing);
-        assert_eq!(caches.permits(SECOND).entry(Ino(5)), Duration::ZERO, "and it is given nothing new");
+        assert_eq!(caches.permits(SECOND, now).entry(Ino(5)), Duration::ZERO, "and it is given nothing new");
     }
 
     #[test]
     fn without_a_lease_nothing_has_a_timeout() {
         let caches = Caches::default();
-        let permits = caches.permits(Duration::ZERO);
+        let permits = caches.permits(Duration::ZERO, Instant::now());
         assert_eq!((permits.entry(Ino(5)), permits.attr(Ino(5))), (Duration::ZERO, Duration::ZERO));
     }
 
     #[test]
     fn too_many_marks_become_one_for_everything() {
-        let caches = Caches::default();
+        let (caches, now) = (Caches::default(), Instant::now());
         for ino in 0..=MARKS_MAX as u64 {
             caches.mark_inode(Ino(ino));
         }
-        let permits = caches.permits(SECOND);
+        let permits = caches.permits(SECOND, now);
         assert_eq!((permits.attr(Ino(u64::MAX)), permits.entry(Ino(7))), (Duration::ZERO, Duration::ZERO));
     }
 
