@@ -70,6 +70,11 @@ fn two_servers_take_turns_writing_one_directory_and_both_go_on() {
     stop.store(true, Relaxed);
     let counts: Vec<usize> = writers.into_iter().map(|writer| writer.join().expect("no error")).collect();
     println!("names by server: {counts:?}");
+    let figures = [1, 2].map(|server| cluster.json(server, &["status"])["directories"].clone());
+    println!("directories: {figures:?}");
+    let sum = |figure: &str| figures.iter().map(|figures| figures[figure].as_u64().unwrap()).sum::<u64>();
+    // It went to and fro at most twice in 10 s, and was shared from then on; so was what is above it.
+    assert!(sum("shared") >= 1 && sum("given_up") <= 6 + seconds, "{figures:?}");
     assert!(counts.iter().all(|count| *count > 0), "one of them made no progress: {counts:?}");
     for server in 1..=3 {
         assert_eq!(fs::read_dir(cluster.mnt(server).join("d")).unwrap().count(), counts.iter().sum::<usize>(), "s{server}");

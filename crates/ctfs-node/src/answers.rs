@@ -6,11 +6,11 @@ use async_trait::async_trait;
 use ctfs_chunk::{ChunkPeers, Placement, tier::Residency};
 use ctfs_meta::{Cell, Member, MemberState, Op, Policy};
 use ctfs_types::{Attr, ByteSize, ChunkId, ExtentData, FileKind, FileUse, FileName, Ino, NodeId};
-use ctfs_vfs::FsError;
+use ctfs_vfs::{DelegationFigures, FsError};
 
 use crate::{
     admin::{
-        AdminHandler, CELLS_SHOWN_MAX, CacheDropReport, CacheReport, CachedAs, CellKind, CellReport, ChunksReport, DfReport, DfServer,
+        AdminHandler, CELLS_SHOWN_MAX, CacheDropReport, CacheReport, CachedAs, CellKind, CellReport, ChunksReport, DirectoriesReport, DfReport, DfServer,
         DoneReport, HolderReport, InfoReport, JobReport, JournalReport, MountReport, NodesReport, PingReport, PolicyReport, Request, Response, Room,
         ServerReport, ServerRole, ServerState, StatusReport, TokenReport, WirePath,
     },
@@ -236,7 +236,14 @@ impl Node {
             leader: consensus.leader.and_then(name_of),
             leased: consensus.leased,
             journal,
+            directories: self.directories(),
         })
+    }
+
+    fn directories(&self) -> DirectoriesReport {
+        let held = self.consensus.replica().read().delegated();
+        let DelegationFigures { taken, ahead, given_up, shared, recalled } = self.vfs.delegations();
+        DirectoriesReport { held, taken, ahead, given_up, shared, recalled }
     }
 
     /// Chunks of the volume and how many the servers say they still lack.

@@ -214,7 +214,7 @@ fn below(report: &StatusReport) -> String {
 
 #[cfg(test)]
 pub mod tests {
-    use ctfs_node::admin::{CacheReport, ChunksReport, JobReport, JournalReport, MountReport, WirePath};
+    use ctfs_node::admin::{CacheReport, ChunksReport, DirectoriesReport, JobReport, JournalReport, MountReport, WirePath};
     use ctfs_types::ByteSize;
 
     use super::*;
@@ -278,6 +278,7 @@ pub mod tests {
             term: 2,
             leader: Some("node1".into()),
             leased: true,
+            directories: DirectoriesReport::default(),
             journal: JournalReport { pair: Some("node2".into()), alone: false, records: 3, bytes: ByteSize(12 << 10) },
         }
     }

@@ -68,6 +68,24 @@ pub struct StatusReport {
     /// Whether this server answers from its own copy of the metadata, which nobody may change unseen.
     pub leased: bool,
     pub journal: JournalReport,
+    pub directories: DirectoriesReport,
+}
+
+/// Directories that servers hold alone, and what this one did about them since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectoriesReport {
+    /// Held now, by any server.
+    pub held: u64,
+    /// Taken here, by a command of their own.
+    pub taken: u64,
+    /// Changes that happened here before they were in the log.
+    pub ahead: u64,
+    /// Recalls by other servers that were answered here.
+    pub given_up: u64,
+    /// Of these, left shared because they went to and fro.
+    pub shared: u64,
+    /// Recalls from here of what other servers held.
+    pub recalled: u64,
 }
 
 /// What this server has acknowledged that is not in the log or the chunk stores.
