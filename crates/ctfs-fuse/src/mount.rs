@@ -265,6 +265,12 @@ impl Drop for Mount {
     }
 }
 
+/// Whether the server of a mount of ours has died: then it answers ENOTCONN at once, or ECONNABORTED to who
+/// asked while it died. One that lives is in use.
+fn is_dead(path: &Path) -> bool {
+    matches!(rustix::fs::statfs(path), Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED))
+}
+
 /// Checks the mountpoint and answers its absolute path. A dead mount of ours is cleared away.
 fn ready_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
     let unreachable = |error| MountError::Unreachable { path: given.to_owned(), error };
@@ -275,10 +281,7 @@ fn ready_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
         _ => absolute,
     };
     if let Some(MountLine { fs_type, .. }) = mountinfo::mounted_on(&path).map_err(unreachable)? {
-        // A mount of ours whose server died answers ENOTCONN at once; one that lives is in use.
-        let dead = fs_type == FS_TYPE
-            && rustix::fs::statfs(&path).is_err_and(|error| error == rustix::io::Errno::NOTCONN);
-        if !dead {
+        if fs_type != FS_TYPE || !is_dead(&path) {
             return Err(MountError::AlreadyMounted { path, fs_type });
         }
         tracing::info!(path = %path.display(), "clearing away the mount of a server that died");
