@@ -28,6 +28,7 @@ pub mod network;
 pub mod observer;
 mod proposer;
 pub mod raft_types;
+mod records;
 mod relay;
 mod replay;
 pub mod runtime;

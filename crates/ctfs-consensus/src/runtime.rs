@@ -72,7 +72,7 @@ impl Consensus {
         let config = raft_config(&settings.timings, &settings.limits)?;
         let relay = Relay::new(observer.clone());
         let (dir, sizes, told) = (settings.dir.clone(), settings.storage.clone(), relay.clone());
-        let storage = tokio::task::spawn_blocking(move || Storage::open(&dir, &sizes, told))
+        let storage = ctfs_host::blocking(move || Storage::open(&dir, &sizes, told))
             .await
             .map_err(|error| StartError::Raft(error.to_string()))??;
         let clock = Arc::new(QuorumClock::default());
