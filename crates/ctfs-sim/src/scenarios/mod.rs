@@ -1,0 +1,1 @@
+//! The nineteen scenarios of the coherence notes.
