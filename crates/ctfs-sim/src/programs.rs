@@ -204,6 +204,9 @@ pub async fn ask_appends(server: &Arc<Server>, object: u64, ino: Ino, piece: Opt
         },
     };
     end(server, |history| history.appends.entry(object).or_default(), call, answered, piece.is_none(), "appends", object);
+    if piece.is_none() {
+        server.history(|history| history.appends.entry(object).or_default().drop_unsure(call));
+    }
 }
 
 /// Tries to take the lock of a file, holds it for a moment, and gives it back.
@@ -260,7 +263,7 @@ pub async fn make_in_order(server: &Arc<Server>, dir: Ino, until: std::time::Dur
             server.note(format_args!("{number} names in {dir} are synced"));
             server.history(|history| history.sequences.of(dir).synced = number);
         }
-        let pause = server.shared.draw(|chance| chance.between(1, 40));
+        let pause = server.shared.draw(|chance| chance.between(3, 120));
         tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
     }
 }

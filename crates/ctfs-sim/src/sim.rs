@@ -12,7 +12,10 @@ use std::{
 };
 
 use ctfs_consensus::Settings;
-use ctfs_types::NodeId;
+use ctfs_types::{
+    NodeId,
+    rules::{Rule, keeps},
+};
 use ctfs_vfs::VfsSettings;
 use parking_lot::Mutex;
 use tokio::{runtime::Runtime, sync::mpsc, time::Instant};
@@ -64,6 +67,8 @@ struct Slot {
     lives: Arc<AtomicU64>,
     running: Option<Running>,
     paused_until: Duration,
+    /// So long of its time the monotonic clock stood still.
+    suspended: Duration,
     /// What the clocks show beyond simulated time.
     boot_ahead: Duration,
     wall_ahead: Duration,
@@ -162,6 +167,7 @@ impl Sim {
             lives: Arc::default(),
             running: None,
             paused_until: Duration::ZERO,
+            suspended: Duration::ZERO,
             boot_ahead: BOOT_START + self.chance_of_clock(),
             wall_ahead: WALL_START + self.chance_of_clock(),
         };
@@ -226,6 +232,7 @@ impl Sim {
             End::PowerCut => slot.journal.after_crash(seed),
         };
         slot.paused_until = Duration::ZERO;
+        slot.suspended = Duration::ZERO;
     }
 
     /// The server's processor stands still; its clocks go on.
@@ -237,11 +244,25 @@ impl Sim {
         }
     }
 
-    /// The machine is suspended for `time`, of which its timers do not know. Others do not notice.
+    /// The machine is suspended for `time`: its processor stands still, and of its clocks only the boot
+    /// clock and the wall clock go on.
     pub fn suspend(&mut self, node: NodeId, time: Duration) {
-        self.shared.note(node, format_args!("was suspended for {time:?}"));
+        self.shared.note(node, format_args!("is suspended for {time:?}"));
+        let until = self.now + time;
         if let Some(slot) = self.slots.get_mut(&node) {
-            slot.boot_ahead += time;
+            slot.paused_until = until;
+            slot.suspended += time;
+            if let Some(running) = &mut slot.running {
+                running.epoch.1 += time;
+            }
+        }
+    }
+
+    /// The boot clock jumps, as that of a guest does that was moved to another host.
+    pub fn jump(&mut self, node: NodeId, ahead: Duration) {
+        self.shared.note(node, format_args!("boot clock jumps by {ahead:?}"));
+        if let Some(slot) = self.slots.get_mut(&node) {
+            slot.boot_ahead += ahead;
         }
     }
 
@@ -281,7 +302,10 @@ impl Sim {
                 continue;
             }
             set_clocks(self.now, slot);
-            let boot = self.now + slot.boot_ahead;
+            let mut boot = self.now + slot.boot_ahead;
+            if !keeps(Rule::LeasesCountSuspend) {
+                boot = boot.saturating_sub(slot.suspended);
+            }
             let running = slot.running.as_mut().expect("looked at above");
             let before = ctfs_host::simulated::enter(Some(running.machine.clone()));
             let until = running.epoch.0 + (self.now - running.epoch.1);
@@ -404,5 +428,5 @@ impl Drop for Sim {
 }
 
 fn set_clocks(now: Duration, slot: &Slot) {
-    system::set_clocks(system::Clocks { monotonic: now + BOOT_START, wall: now + slot.wall_ahead });
+    system::set_clocks(system::Clocks { monotonic: (now + BOOT_START).saturating_sub(slot.suspended), wall: now + slot.wall_ahead });
 }

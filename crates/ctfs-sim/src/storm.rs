@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// How long programs run among faults.
-const STORM: Duration = Duration::from_secs(25);
+const STORM: Duration = Duration::from_secs(14);
 /// After the last fault everything must be well again within this.
 const HEAL: Duration = Duration::from_secs(60);
 /// A life that is ended from outside is so after this.
@@ -322,7 +322,7 @@ fn strike(sim: &mut Sim, faults: Faults) -> Option<(Duration, Later)> {
         }
         5 if faults.clocks => {
             if sim.chance.strikes(500) {
-                sim.suspend(node, short);
+                sim.jump(node, short);
             } else {
                 let ahead = sim.chance.below(100_000);
                 sim.set_wall_clock(node, Duration::from_secs(1_767_000_000 + ahead));

@@ -22,7 +22,10 @@ use std::{
 
 use async_trait::async_trait;
 use ctfs_meta::{MetaError, Namespace, Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{Attr, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId};
+use ctfs_types::{
+    Attr, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId,
+    rules::{Rule, keeps},
+};
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, time::timeout};
 use tracing::debug;
@@ -132,6 +135,7 @@ impl Delegations {
             return self.give_up(dir).await;
         }
         self.state.lock().figures.recalled += 1;
+        let _kept = if keeps(Rule::WaitingGivesUp) { None } else { Some(self.giving_up.lock().await) };
         let patience = deadline.saturating_duration_since(Instant::now()).min(self.settings.call_patience);
         match timeout(patience, self.holders.recall(holder, dir)).await {
             // The holder says that it is given up; it may not be applied here yet.

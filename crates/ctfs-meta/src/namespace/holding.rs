@@ -7,7 +7,10 @@
 //! anybody else is refused with [`MetaError::Held`] until the holder has given up the file. Where
 //! several servers use a file at once nobody holds it: they write through.
 
-use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, NodeId};
+use ctfs_types::{
+    FileKind, FileUse, Holder, Incarnation, Ino, NodeId,
+    rules::{Rule, keeps},
+};
 
 use super::{Apply, keys, records::Inode, txn::Outcome};
 use crate::{Change, Member, MetaError, Reply};
@@ -24,7 +27,7 @@ impl Apply<'_, '_> {
     /// Refuses a life of a server that has ended: nobody would ever free what it gets.
     pub(super) fn is_alive(&mut self, node: NodeId, incarnation: Incarnation) -> Outcome<()> {
         match self.txn.peek::<Member>(&keys::member(node))? {
-            Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) => Err(MetaError::StaleIncarnation.into()),
+            Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) && keeps(Rule::EndedLivesAreRefused) => Err(MetaError::StaleIncarnation.into()),
             Some(_) => Ok(()),
             None if self.txn.peek_raw(&keys::cluster())?.is_some() => Err(MetaError::NoSuchMember.into()),
             None => Ok(()),
@@ -48,7 +51,9 @@ impl Apply<'_, '_> {
         self.put_owned(ino, &mut inode, holder);
         // What the holder writes from here on is told to nobody: kernels must ask again.
         if inode.is_dir() {
-            self.changed(Change::Children { dir: ino });
+            if keeps(Rule::TakingDropsCaches) {
+                self.changed(Change::Children { dir: ino });
+            }
         } else {
             self.changed(Change::Data { ino, offset: 0, len: u64::MAX });
         }

@@ -32,7 +32,10 @@ pub(crate) use self::locks::{WAITERS_MAX, WAITERS_OF_LIFE_MAX};
 
 use std::collections::BTreeMap;
 
-use ctfs_types::{FileKind, FileName, Ino, LogIndex, RequestId, Timestamp};
+use ctfs_types::{
+    FileKind, FileName, Ino, LogIndex, RequestId, Timestamp,
+    rules::{Rule, keeps},
+};
 use serde::{Deserialize, Serialize};
 
 use self::{
@@ -314,14 +317,17 @@ fn run(
 ) -> Result<Result<Reply, MetaError>, StoreError> {
     let request = command.request;
     let key = keys::verdict(request.client, request.seq);
-    if let Some(verdict) = txn.get(&key)? {
+    if let Some(verdict) = txn.get(&key)?
+        && keeps(Rule::RequestsHappenOnce)
+    {
         return Ok(verdict);
     }
     let floor: u64 = txn.get(&keys::floor(request.client))?.unwrap_or(0);
-    if floor == keys::ENDED {
+    let is_ended = floor == keys::ENDED;
+    if is_ended && keeps(Rule::EndedLivesAreRefused) {
         return Ok(Err(MetaError::StaleIncarnation));
     }
-    if request.seq <= floor {
+    if request.seq <= floor && !is_ended {
         // A stray copy: its first one was applied, answered and forgotten.
         return Ok(Err(MetaError::Answered));
     }

@@ -63,6 +63,13 @@ impl<M: Model> Calls<M> {
         self.0[call].dropped = true;
     }
 
+    /// Whether a call of the same node that `other` names was under way during this one.
+    pub fn overlaps(&self, call: usize, other: impl Fn(&M::Action) -> bool) -> bool {
+        let this = &self.0[call];
+        let ended_after = |ended: &Option<(Duration, M::Answer)>| ended.as_ref().is_none_or(|(ended, _)| *ended >= this.begun);
+        self.0.iter().any(|call| call.node == this.node && other(&call.action) && ended_after(&call.ended))
+    }
+
     pub fn open(&self) -> usize {
         self.0.iter().filter(|call| !call.dropped && call.ended.is_none()).count()
     }

@@ -26,7 +26,7 @@ impl Journals {
 
     pub fn begin(&self, life: Incarnation) -> Arc<Journal> {
         let id = JournalId { cluster: CLUSTER, node: self.node, incarnation: life };
-        let settings = Settings { segment_bytes: 64 << 10, ..Settings::default() };
+        let settings = Settings { segment_bytes: 16 << 10, ..Settings::default() };
         Arc::new(Journal::create(self.disk(), Path::new(ROOT), id, settings).expect("a new life has no journal yet"))
     }
 

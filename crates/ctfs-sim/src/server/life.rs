@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Duration};
 
 use ctfs_consensus::{ProposeError, Transport};
 use ctfs_meta::{MemberState, Op};
-use ctfs_types::{Incarnation, Ino};
+use ctfs_types::{
+    Incarnation, Ino,
+    rules::{Rule, keeps},
+};
 use ctfs_vfs::Metadata;
 use tokio::time::{Instant, interval, sleep};
 
@@ -101,7 +104,9 @@ pub async fn outlive(server: Arc<Server>) {
         server.consensus.lost_is_told();
         drop(journal);
         server.vfs.life_ended().await;
-        server.kernel.drop_all();
+        if keeps(Rule::NewLifeForgets) {
+            server.kernel.drop_all();
+        }
         let next = server.next_life();
         server.kernel.begin_life(next.0);
         server.consensus.begin_life(next);

@@ -19,7 +19,10 @@ use std::{
 use ctfs_chunk::{CacheTier, TierSettings};
 use ctfs_consensus::{Consensus, Settings};
 use ctfs_meta::{ClusterIdentity, Member, MemberState, Op};
-use ctfs_types::{Incarnation, NodeId, Timestamp};
+use ctfs_types::{
+    Incarnation, NodeId, Timestamp,
+    rules::{Rule, keeps},
+};
 use ctfs_vfs::{DelegationSettings, Metadata as _, Vfs, VfsSettings};
 use tokio::sync::{mpsc, watch};
 
@@ -190,6 +193,11 @@ pub async fn run(start: Start, mut inputs: mpsc::UnboundedReceiver<Input>) {
     };
     adjust(&mut settings, &mut vfs_settings);
     let consensus = Consensus::start(settings, link.clone(), kernel.clone()).await.expect("the storage opens");
+    if disks.lives.load(Relaxed) > 1 && !consensus.is_initialized() && keeps(Rule::LostLogVotesNot) {
+        shared.note(node, format_args!("its log is gone, and with it its votes"));
+        shared.wires.lock().goes_down(node);
+        return;
+    }
     let metadata = Arc::new(ReplicatedMetadata { consensus: consensus.clone(), replica: consensus.replica(), node });
     let tier = TierSettings::new(disks.dir.join("tier"), 64 << 20);
     let tier = CacheTier::open(TierSettings { reserve_bytes: 0, ..tier }).expect("the cache tier opens");

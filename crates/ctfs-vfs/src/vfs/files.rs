@@ -186,7 +186,7 @@ impl Vfs {
     pub async fn fsync(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, ino)?;
         self.write_back(ino, handle).await?;
-        let settled = self.meta.settled().await;
+        let settled = self.settled().await;
         // Also what was lost meanwhile.
         self.handles.take_error(handle).map_or(settled, Err)
     }

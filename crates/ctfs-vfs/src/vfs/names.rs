@@ -228,7 +228,7 @@ impl Vfs {
     /// Names are durable on a majority when their commands are in the log.
     pub async fn fsyncdir(&self, dir: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, dir)?;
-        let settled = self.meta.settled().await;
+        let settled = self.settled().await;
         self.handles.take_error(handle).map_or(settled, Err)
     }
 }
