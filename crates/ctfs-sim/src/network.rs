@@ -19,12 +19,13 @@ pub struct Packet {
     pub from: NodeId,
     pub to: NodeId,
     pub call: u64,
+    pub service: u16,
     pub content: Content,
 }
 
 #[derive(Debug, Clone)]
 pub enum Content {
-    Question { service: u16, payload: Vec<u8> },
+    Question(Vec<u8>),
     Answer(Result<Vec<u8>, TransportError>),
 }
 
@@ -40,9 +41,37 @@ pub struct Weather {
     pub late_millis: u64,
 }
 
+/// Messages that are lost on purpose.
+#[derive(Debug, Clone, Copy)]
+pub struct Filter {
+    pub from: Option<NodeId>,
+    pub to: Option<NodeId>,
+    pub service: u16,
+    /// Of the answers, else of the questions.
+    pub answers: bool,
+    /// So many of them.
+    pub left: u32,
+}
+
+impl Filter {
+    fn takes(&mut self, packet: &Packet) -> bool {
+        let is_answer = matches!(packet.content, Content::Answer(_));
+        let taken = self.left > 0
+            && self.service == packet.service
+            && self.answers == is_answer
+            && self.from.is_none_or(|from| from == packet.from)
+            && self.to.is_none_or(|to| to == packet.to);
+        if taken {
+            self.left -= 1;
+        }
+        taken
+    }
+}
+
 pub struct Wires {
     chance: Chance,
     pub weather: Weather,
+    pub filters: Vec<Filter>,
     /// Directed.
     cut: BTreeSet<(NodeId, NodeId)>,
     down: BTreeSet<NodeId>,
@@ -60,6 +89,7 @@ impl Wires {
         Self {
             chance,
             weather: Weather::default(),
+            filters: Vec::new(),
             cut: BTreeSet::new(),
             down: BTreeSet::new(),
             next_call: 0,
@@ -77,6 +107,7 @@ impl Wires {
 
     pub fn heal(&mut self) {
         self.cut.clear();
+        self.filters.clear();
         self.weather = Weather::default();
         self.distance = 0;
     }
@@ -110,7 +141,10 @@ impl Wires {
         if self.cut.contains(&(packet.from, packet.to)) || self.chance.strikes(weather.lost) {
             return;
         }
-        let is_question = matches!(packet.content, Content::Question { .. });
+        if self.filters.iter_mut().any(|filter| filter.takes(&packet)) {
+            return;
+        }
+        let is_question = matches!(packet.content, Content::Question(_));
         let copies = if is_question && self.chance.strikes(weather.doubled) { 2 } else { 1 };
         for _ in 0..copies {
             let mut micros = self.distance + self.chance.between(150, 1_500);
@@ -155,7 +189,7 @@ impl Link {
     /// Sends the answer to a question.
     pub fn answer(&self, question: &Packet, answer: Result<Vec<u8>, String>) {
         let content = Content::Answer(answer.map_err(TransportError::Refused));
-        let packet = Packet { from: self.me, to: question.from, call: question.call, content };
+        let packet = Packet { from: self.me, to: question.from, call: question.call, service: question.service, content };
         self.shared.wires.lock().send(self.shared.now(), packet);
     }
 }
@@ -172,8 +206,8 @@ impl Transport for Link {
                 wires.next_call += 1;
                 let call = wires.next_call;
                 wires.waiting.insert(call, (self.me, answer));
-                let content = Content::Question { service, payload };
-                wires.send(self.shared.now(), Packet { from: self.me, to, call, content });
+                let packet = Packet { from: self.me, to, call, service, content: Content::Question(payload) };
+                wires.send(self.shared.now(), packet);
                 Some(answered)
             }
         };

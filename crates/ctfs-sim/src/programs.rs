@@ -39,6 +39,7 @@ impl Server {
     /// # Errors
     /// As [`ctfs_vfs::Vfs::create`].
     pub async fn make(&self, dir: Ino, name: &str, mode: u16) -> Result<Attr, FsError> {
+        let _locked = self.kernel.lock_directory(dir).await;
         let made = self.vfs.create(Caller::ROOT, dir, name.as_bytes(), u32::from(mode), 0, libc::O_RDWR | libc::O_EXCL).await;
         let made = match made {
             Ok((attr, opened)) => {
@@ -55,6 +56,7 @@ impl Server {
     /// # Errors
     /// As [`ctfs_vfs::Vfs::mkdir`].
     pub async fn make_dir(&self, dir: Ino, name: &str) -> Result<Ino, FsError> {
+        let _locked = self.kernel.lock_directory(dir).await;
         let made = self.vfs.mkdir(Caller::ROOT, dir, name.as_bytes(), 0o755, 0).await.map(|attr| attr.ino);
         self.kernel.changed_here(dir, name.as_bytes());
         made
@@ -63,6 +65,7 @@ impl Server {
     /// # Errors
     /// As [`ctfs_vfs::Vfs::unlink`].
     pub async fn remove(&self, dir: Ino, name: &str) -> Result<(), FsError> {
+        let _locked = self.kernel.lock_directory(dir).await;
         let removed = self.vfs.unlink(dir, name.as_bytes()).await;
         self.kernel.changed_here(dir, name.as_bytes());
         removed
@@ -82,9 +85,10 @@ impl Server {
     /// # Errors
     /// As the calls it takes.
     pub async fn read(&self, ino: Ino, care: Care) -> Result<Bytes, FsError> {
-        let handle = self.vfs.open(Caller::ROOT, ino, libc::O_RDONLY).await?.handle;
+        let opened = self.vfs.open(Caller::ROOT, ino, libc::O_RDONLY).await?;
+        let handle = opened.handle;
         let read = async {
-            let bytes = self.vfs.read_file(ino, handle, 0, READ_BYTES).await?;
+            let bytes = self.kernel.read(ino, opened, READ_BYTES).await?;
             if care == Care::Synced {
                 // What was read may have been written here and not be durable.
                 self.vfs.fsync(ino, handle).await?;
@@ -112,7 +116,9 @@ impl Server {
     /// As [`Self::write`].
     pub async fn write_with(&self, ino: Ino, handle: HandleId, offset: u64, bytes: Vec<u8>, sync: bool) -> Result<(), FsError> {
         let len = bytes.len() as u32;
-        let written = self.vfs.write(Caller::ROOT, ino, handle, offset, bytes.into(), false, false).await?;
+        let written = self.vfs.write(Caller::ROOT, ino, handle, offset, bytes.into(), false, false).await;
+        self.kernel.attributes_changed_here(ino);
+        let written = written?;
         if written != len {
             return Err(FsError::CacheFull);
         }

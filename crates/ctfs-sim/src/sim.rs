@@ -235,6 +235,49 @@ impl Sim {
         slot.suspended = Duration::ZERO;
     }
 
+    /// What the disks of a server that is down held is gone; its machine goes on with empty ones.
+    pub fn wipe(&mut self, node: NodeId) {
+        self.shared.note(node, format_args!("loses its disks"));
+        self.shared.chunks.lock().lose(node);
+        let slot = self.slots.get_mut(&node).expect("a server of this simulation");
+        assert!(slot.running.is_none(), "disks are taken out of a machine that is off");
+        std::fs::remove_dir_all(&slot.dir).expect("it was there");
+        std::fs::create_dir_all(&slot.dir).expect("there is memory for files");
+        slot.journal = CrashDisk::new();
+    }
+
+    /// Who leads, as it thinks itself.
+    pub fn leader(&mut self) -> NodeId {
+        for _ in 0..1000 {
+            for node in self.running() {
+                if self.look(node, |server| server.consensus.status().is_leader) == Some(true) {
+                    return node;
+                }
+            }
+        }
+        panic!("nobody leads")
+    }
+
+    /// Nothing gets from one of these groups to the other.
+    pub fn part(&mut self, some: &[NodeId], others: &[NodeId]) {
+        let mut wires = self.shared.wires.lock();
+        for a in some {
+            for b in others {
+                wires.cut(*a, *b);
+                wires.cut(*b, *a);
+            }
+        }
+    }
+
+    /// Runs until the program has answered, or for `time`.
+    pub fn wait_for<T>(&mut self, pending: &Pending<T>, time: Duration) -> Option<T> {
+        let until = self.now + time;
+        while !pending.is_done() && !pending.is_lost() && self.now < until {
+            self.turn();
+        }
+        pending.take()
+    }
+
     /// The server's processor stands still; its clocks go on.
     pub fn pause(&mut self, node: NodeId, time: Duration) {
         self.shared.note(node, format_args!("pauses for {time:?}"));
@@ -329,11 +372,9 @@ impl Sim {
             let mut trace = self.shared.trace.lock();
             trace.count(&(self.now.as_nanos() as u64).to_le_bytes());
             trace.count(&[packet.from.0 as u8, packet.to.0 as u8]);
+            trace.count(&packet.service.to_le_bytes());
             match &packet.content {
-                Content::Question { service, payload } => {
-                    trace.count(&service.to_le_bytes());
-                    trace.count(payload);
-                }
+                Content::Question(payload) => trace.count(payload),
                 Content::Answer(Ok(bytes)) => trace.count(bytes),
                 Content::Answer(Err(error)) => trace.count(error.to_string().as_bytes()),
             }

@@ -19,6 +19,9 @@ const HEAL: Duration = Duration::from_secs(60);
 /// A life that is ended from outside is so after this.
 const FENCED: Duration = Duration::from_secs(16);
 
+/// Lines of the trace that an outcome keeps.
+const TRACE_LINES: usize = 400;
+
 /// What a run found.
 #[derive(Debug)]
 pub struct Outcome {
@@ -31,6 +34,8 @@ pub struct Outcome {
     /// Calls without answer when faults struck, added up.
     pub at_risk: usize,
     pub simulated: Duration,
+    /// The end of the trace.
+    pub trace: Vec<String>,
 }
 
 /// Which faults a seed has.
@@ -136,6 +141,7 @@ pub fn run(seed: u64, is_loud: bool) -> Outcome {
         answered: history.answered(),
         at_risk,
         simulated: sim.now(),
+        trace: trace.last(TRACE_LINES).cloned().collect(),
     }
 }
 

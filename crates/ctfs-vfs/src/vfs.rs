@@ -276,7 +276,9 @@ impl Vfs {
         for ino in self.content.life_ended().await {
             let why = "this server was cut off for so long that others went on without it".to_owned();
             self.handles.spread_error(ino, &FsError::LostWrites { ino, why });
-            self.invalidate(vec![Change::Data { ino, offset: 0, len: u64::MAX }, Change::Attr { ino }]);
+            if keeps(Rule::NewLifeForgets) {
+                self.invalidate(vec![Change::Data { ino, offset: 0, len: u64::MAX }, Change::Attr { ino }]);
+            }
         }
     }
 

@@ -13,10 +13,14 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use ctfs_consensus::Observer;
 use ctfs_meta::Change;
-use ctfs_types::{Attr, Ino, LogIndex, NodeId};
-use ctfs_vfs::{FsError, KernelCache, Vfs};
+use ctfs_types::{
+    Attr, Ino, LogIndex, NodeId,
+    rules::{Rule, keeps},
+};
+use ctfs_vfs::{FsError, KernelCache, Opened, Vfs};
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, mpsc, watch},
@@ -25,12 +29,17 @@ use tokio::{
 
 use crate::shared::Shared;
 
+/// As the notifier of `ctfs-fuse`.
+const SWEEP_AFTER: Duration = Duration::from_millis(20);
+
 pub struct Kernel {
     node: NodeId,
     shared: Arc<Shared>,
     own: AtomicU64,
     vfs: OnceLock<Weak<Vfs>>,
     kept: Mutex<Kept>,
+    /// Held by requests that change names in a directory, from their question to their answer.
+    directories: Mutex<BTreeMap<Ino, Arc<tokio::sync::Mutex<()>>>>,
     notices: mpsc::UnboundedSender<Notice>,
     told: watch::Sender<LogIndex>,
     pub fenced: Notify,
@@ -48,6 +57,8 @@ struct Notice {
 struct Kept {
     /// Counts drops: a reply that was on its way during one is not kept.
     drops: u64,
+    /// Pages have no timeout: they stay until a notice, or an open that does not keep them.
+    pages: BTreeMap<Ino, Bytes>,
     names: BTreeMap<(Ino, Vec<u8>), (Option<Attr>, Instant)>,
     attrs: BTreeMap<Ino, (Attr, Instant)>,
 }
@@ -55,6 +66,9 @@ struct Kept {
 impl Kept {
     fn drop_for(&mut self, change: &Change) {
         self.drops += 1;
+        if let Change::Data { ino, .. } | Change::Usage { ino } | Change::Covered { ino } | Change::Reaped { ino } = change {
+            self.pages.remove(ino);
+        }
         match change {
             Change::Entry { parent, name } => drop(self.names.remove(&(*parent, name.as_bytes().to_vec()))),
             Change::Children { dir } => {
@@ -74,6 +88,7 @@ impl Kept {
         self.drops += 1;
         self.names.clear();
         self.attrs.clear();
+        self.pages.clear();
     }
 }
 
@@ -86,6 +101,7 @@ impl Kernel {
             own: AtomicU64::new(life),
             vfs: OnceLock::new(),
             kept: Mutex::default(),
+            directories: Mutex::default(),
             notices,
             told: watch::Sender::new(LogIndex(0)),
             fenced: Notify::new(),
@@ -100,6 +116,9 @@ impl Kernel {
                 if !notice.changes.is_empty() {
                     let micros = kernel.shared.draw(|chance| chance.between(20, 1_500));
                     tokio::time::sleep(Duration::from_micros(micros)).await;
+                    for change in &notice.changes {
+                        kernel.await_directory(change).await;
+                    }
                     let mut kept = kernel.kept.lock();
                     if !kernel.forgets_nothing.load(Relaxed) {
                         notice.changes.iter().for_each(|change| kept.drop_for(change));
@@ -115,6 +134,25 @@ impl Kernel {
 
     pub fn serve(&self, vfs: &Arc<Vfs>) {
         assert!(self.vfs.set(Arc::downgrade(vfs)).is_ok(), "the file system starts once");
+    }
+
+    /// A request is about to change names in a directory: nobody else does until the lock is dropped.
+    pub async fn lock_directory(&self, dir: Ino) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = self.directories.lock().entry(dir).or_default().clone();
+        lock.lock_owned().await
+    }
+
+    /// Expiring a name takes the directory's lock. If that is not to be had in a moment, the kernel is
+    /// made to throw out every name, which takes none.
+    async fn await_directory(&self, change: &Change) {
+        let Change::Entry { parent, .. } = change else { return };
+        if !keeps(Rule::NoticesWaitForNoLock) {
+            drop(self.lock_directory(*parent).await);
+        } else if tokio::time::timeout(SWEEP_AFTER, self.lock_directory(*parent)).await.is_err() {
+            let mut kept = self.kept.lock();
+            kept.drops += 1;
+            kept.names.clear();
+        }
     }
 
     fn vfs(&self) -> Option<Arc<Vfs>> {
@@ -199,6 +237,30 @@ impl Kernel {
         Ok(attr)
     }
 
+    /// Reads a whole file through an open handle, from pages if they may be used.
+    ///
+    /// # Errors
+    /// As [`Vfs::read_file`].
+    pub async fn read(&self, ino: Ino, opened: Opened, len: u32) -> Result<Bytes, FsError> {
+        let drops = {
+            let mut kept = self.kept.lock();
+            if !opened.keep_cache || opened.direct {
+                kept.pages.remove(&ino);
+            }
+            if let Some(pages) = kept.pages.get(&ino) {
+                return Ok(pages.clone());
+            }
+            kept.drops
+        };
+        let vfs = self.vfs().ok_or(FsError::Shutdown)?;
+        let bytes = vfs.read_file(ino, opened.handle, 0, len).await?;
+        let mut kept = self.kept.lock();
+        if kept.drops == drops && !vfs.is_direct(ino, opened.handle) {
+            kept.pages.insert(ino, bytes.clone());
+        }
+        Ok(bytes)
+    }
+
     /// A request of this kernel changed a name: it knows.
     pub fn changed_here(&self, parent: Ino, name: &[u8]) {
         let mut kept = self.kept.lock();
@@ -212,6 +274,7 @@ impl Kernel {
         let mut kept = self.kept.lock();
         kept.drops += 1;
         kept.attrs.remove(&ino);
+        kept.pages.remove(&ino);
         // Entries of it carry attributes too, in this model of a kernel.
         kept.names.retain(|_, (attr, _)| attr.as_ref().is_none_or(|attr| attr.ino != ino));
     }

@@ -86,7 +86,9 @@ pub async fn forget_at_lapse(server: Arc<Server>) {
     loop {
         server.consensus.lease_lapsed().await;
         server.note(format_args!("the lease has lapsed"));
-        server.kernel.drop_all();
+        if keeps(Rule::NewLifeForgets) {
+            server.kernel.drop_all();
+        }
     }
 }
 

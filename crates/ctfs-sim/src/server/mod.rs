@@ -230,9 +230,9 @@ pub async fn run(start: Start, mut inputs: mpsc::UnboundedReceiver<Input>) {
         match input {
             Input::Program(program) => drop(tokio::spawn(program(server))),
             Input::Packet(packet) => {
-                let Content::Question { service, payload } = packet.content.clone() else { continue };
+                let Content::Question(payload) = packet.content.clone() else { continue };
                 tokio::spawn(async move {
-                    let answer = server.serve(&packet, service, payload).await;
+                    let answer = server.serve(&packet, packet.service, payload).await;
                     server.link.answer(&packet, answer);
                 });
             }
