@@ -51,6 +51,8 @@ pub struct Filter {
     pub answers: bool,
     /// So many of them.
     pub left: u32,
+    /// They are not lost but come so late, whatever is cut meanwhile.
+    pub late_by: Option<Duration>,
 }
 
 impl Filter {
@@ -138,10 +140,14 @@ impl Wires {
 
     fn send(&mut self, now: Duration, packet: Packet) {
         let weather = self.weather;
-        if self.cut.contains(&(packet.from, packet.to)) || self.chance.strikes(weather.lost) {
+        if let Some(filter) = self.filters.iter_mut().find_map(|filter| filter.takes(&packet).then_some(*filter)) {
+            if let Some(late_by) = filter.late_by {
+                self.sent += 1;
+                self.under_way.insert((now + late_by, self.sent), packet);
+            }
             return;
         }
-        if self.filters.iter_mut().any(|filter| filter.takes(&packet)) {
+        if self.cut.contains(&(packet.from, packet.to)) || self.chance.strikes(weather.lost) {
             return;
         }
         let is_question = matches!(packet.content, Content::Question(_));

@@ -35,6 +35,8 @@ pub const TURN: Duration = Duration::from_millis(1);
 const WALL_START: Duration = Duration::from_secs(1_767_225_600);
 /// No clock of a machine starts at zero.
 const BOOT_START: Duration = Duration::from_secs(1000);
+/// Questions with a line in the trace: forwarded commands, and those to holders.
+const TOLD: [u16; 4] = [0x0201, 0x0302, 0x0305, 0x0306];
 /// Longest wait of a script for anything, in simulated time.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -374,7 +376,13 @@ impl Sim {
             trace.count(&[packet.from.0 as u8, packet.to.0 as u8]);
             trace.count(&packet.service.to_le_bytes());
             match &packet.content {
-                Content::Question(payload) => trace.count(payload),
+                Content::Question(payload) => {
+                    trace.count(payload);
+                    if TOLD.contains(&packet.service) {
+                        let (from, service, bytes) = (packet.from.0, packet.service, payload.len());
+                        trace.line(self.now, packet.to, format_args!("is asked {service:#06x} by s{from}, {bytes} bytes"));
+                    }
+                }
                 Content::Answer(Ok(bytes)) => trace.count(bytes),
                 Content::Answer(Err(error)) => trace.count(error.to_string().as_bytes()),
             }

@@ -14,8 +14,9 @@ use tracing::{
 
 use crate::shared::Shared;
 
-/// What the product logs as an error is a violation.
+/// What the product logs of it.
 const DIVERGED: &str = "made something else";
+const REFUSED: &str = "refused what had happened here";
 const NOT_POSSIBLE: &str = "is not possible any more";
 
 /// Listens to what the product logs.
@@ -63,7 +64,7 @@ impl Subscriber for Listener {
         let Some(shared) = self.shared.upgrade() else { return };
         let mut text = Text::default();
         event.record(&mut text);
-        if *event.metadata().level() == Level::ERROR && (text.0.contains(DIVERGED) || text.0.contains(NOT_POSSIBLE)) {
+        if *event.metadata().level() == Level::ERROR && [DIVERGED, REFUSED, NOT_POSSIBLE].iter().any(|told| text.0.contains(told)) {
             shared.history.lock().violation(shared.now(), format!("two holders: {}", text.0));
         }
         if let Some(mut trace) = shared.trace.try_lock() {

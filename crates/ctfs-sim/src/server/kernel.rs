@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, OnceLock, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -45,7 +45,6 @@ pub struct Kernel {
     pub fenced: Notify,
     /// Notices wait until this is over.
     stuck: watch::Sender<bool>,
-    forgets_nothing: AtomicBool,
 }
 
 struct Notice {
@@ -64,24 +63,30 @@ struct Kept {
 }
 
 impl Kept {
-    fn drop_for(&mut self, change: &Change) {
+    /// As the notifier of `ctfs-fuse`; `children` are the inodes in a directory that is taken.
+    fn drop_for(&mut self, change: &Change, children: &[Ino]) {
         self.drops += 1;
-        if let Change::Data { ino, .. } | Change::Usage { ino } | Change::Covered { ino } | Change::Reaped { ino } = change {
-            self.pages.remove(ino);
-        }
         match change {
             Change::Entry { parent, name } => drop(self.names.remove(&(*parent, name.as_bytes().to_vec()))),
             Change::Children { dir } => {
                 self.names.retain(|(parent, _), _| parent != dir);
-                // Which inodes those are is not looked up: all may go.
-                self.attrs.clear();
+                children.iter().for_each(|ino| self.drop_inode(*ino));
             }
-            Change::Attr { ino } | Change::Data { ino, .. } | Change::Usage { ino } | Change::Covered { ino } | Change::Orphaned { ino } | Change::Reaped { ino } => {
-                self.attrs.remove(ino);
-                self.names.retain(|_, (attr, _)| attr.as_ref().is_none_or(|attr| attr.ino != *ino));
-            }
+            Change::Data { ino, .. } | Change::Covered { ino } => self.drop_inode(*ino),
+            Change::Attr { ino } | Change::Orphaned { ino } => self.drop_attributes(*ino),
             _ => {}
         }
+    }
+
+    fn drop_inode(&mut self, ino: Ino) {
+        self.pages.remove(&ino);
+        self.drop_attributes(ino);
+    }
+
+    fn drop_attributes(&mut self, ino: Ino) {
+        self.attrs.remove(&ino);
+        // In this model of a kernel names carry attributes.
+        self.names.retain(|_, (attr, _)| attr.as_ref().is_none_or(|attr| attr.ino != ino));
     }
 
     fn drop_all(&mut self) {
@@ -106,7 +111,6 @@ impl Kernel {
             told: watch::Sender::new(LogIndex(0)),
             fenced: Notify::new(),
             stuck: watch::Sender::new(false),
-            forgets_nothing: AtomicBool::new(false),
         });
         let this = Arc::downgrade(&kernel);
         let notifier = async move {
@@ -119,9 +123,12 @@ impl Kernel {
                     for change in &notice.changes {
                         kernel.await_directory(change).await;
                     }
-                    let mut kept = kernel.kept.lock();
-                    if !kernel.forgets_nothing.load(Relaxed) {
-                        notice.changes.iter().for_each(|change| kept.drop_for(change));
+                    for change in &notice.changes {
+                        let children = match (change, kernel.vfs()) {
+                            (Change::Children { dir }, Some(vfs)) => vfs.inodes_in(*dir, usize::MAX),
+                            _ => Vec::new(),
+                        };
+                        kernel.kept.lock().drop_for(change, &children);
                     }
                 }
                 if let Some(index) = notice.index {
@@ -166,11 +173,6 @@ impl Kernel {
     /// Keeps the notifier from going on, as a kernel does that waits for a lock of its own.
     pub fn stick(&self, stuck: bool) {
         self.stuck.send_replace(stuck);
-    }
-
-    /// Breaks the kernel's notices: they are counted as told and nothing is dropped.
-    pub fn forget_nothing(&self) {
-        self.forgets_nothing.store(true, Relaxed);
     }
 
     /// Nobody waits for this kernel any more.
@@ -273,10 +275,7 @@ impl Kernel {
     pub fn attributes_changed_here(&self, ino: Ino) {
         let mut kept = self.kept.lock();
         kept.drops += 1;
-        kept.attrs.remove(&ino);
-        kept.pages.remove(&ino);
-        // Entries of it carry attributes too, in this model of a kernel.
-        kept.names.retain(|_, (attr, _)| attr.as_ref().is_none_or(|attr| attr.ino != ino));
+        kept.drop_inode(ino);
     }
 }
 

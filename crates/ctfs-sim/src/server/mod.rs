@@ -103,7 +103,9 @@ impl Server {
         let mut reported = self.reported.subscribe();
         loop {
             let life = *reported.borrow_and_update();
-            if life == Some(self.consensus.incarnation()) && self.consensus.leased() {
+            let now = self.consensus.incarnation();
+            let is_over = self.metadata.replica.read().is_ended(now).unwrap_or(true);
+            if life == Some(now) && !is_over && self.consensus.leased() {
                 return;
             }
             tokio::time::sleep(LOOK_AGAIN).await;
