@@ -1,6 +1,6 @@
 //! The chunk stores of all servers: what was put is synced, and stays with its server.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::{BTreeMap, BTreeSet}, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -12,12 +12,18 @@ use crate::shared::Shared;
 #[derive(Default)]
 pub struct Chunks {
     stores: BTreeMap<NodeId, BTreeMap<ChunkId, Bytes>>,
+    lost: BTreeSet<NodeId>,
 }
 
 impl Chunks {
     /// The server's disk is gone for good.
     pub fn lose(&mut self, node: NodeId) {
         self.stores.remove(&node);
+        self.lost.insert(node);
+    }
+
+    pub fn is_lost(&self, node: NodeId) -> bool {
+        self.lost.contains(&node)
     }
 }
 

@@ -259,7 +259,7 @@ pub async fn make_in_order(server: &Arc<Server>, dir: Ino, until: std::time::Dur
         }
         number += 1;
         server.history(|history| history.sequences.of(dir).answered = number);
-        if server.shared.draw(|chance| chance.strikes(100)) {
+        if server.shared.draw(|chance| chance.strikes(250)) {
             let Ok(handle) = server.vfs.opendir(dir).await else { return };
             let synced = server.vfs.fsyncdir(dir, handle).await;
             server.vfs.releasedir(handle).await;

@@ -19,7 +19,12 @@ pub struct Shared {
     pub history: Mutex<History>,
     /// How slow disks are now, in thousandths.
     disk_slowness: AtomicU64,
+    /// Milliseconds of silence after which a life is ended.
+    fence_after: AtomicU64,
 }
+
+/// As in `ctfs-node`.
+const FENCE_AFTER: Duration = Duration::from_secs(10);
 
 impl Shared {
     pub fn new(mut chance: Chance) -> Self {
@@ -30,6 +35,7 @@ impl Shared {
             trace: Mutex::default(),
             history: Mutex::default(),
             disk_slowness: AtomicU64::new(1000),
+            fence_after: AtomicU64::new(FENCE_AFTER.as_millis() as u64),
             chance: Mutex::new(chance),
         }
     }
@@ -56,6 +62,14 @@ impl Shared {
 
     pub fn set_disk_slowness(&self, thousandths: u64) {
         self.disk_slowness.store(thousandths, Relaxed);
+    }
+
+    pub fn fence_after(&self) -> Duration {
+        Duration::from_millis(self.fence_after.load(Relaxed))
+    }
+
+    pub fn set_fence_after(&self, silence: Duration) {
+        self.fence_after.store(silence.as_millis() as u64, Relaxed);
     }
 
     /// A line of the trace, said by a server.

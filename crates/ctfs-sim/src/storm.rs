@@ -16,8 +16,10 @@ use crate::{
 const STORM: Duration = Duration::from_secs(14);
 /// After the last fault everything must be well again within this.
 const HEAL: Duration = Duration::from_secs(60);
+/// Sooner than in the product, so that more lives end; longer than any lease.
+const FENCE_AFTER: Duration = Duration::from_millis(4500);
 /// A life that is ended from outside is so after this.
-const FENCED: Duration = Duration::from_secs(16);
+const FENCED: Duration = Duration::from_secs(9);
 
 /// Lines of the trace that an outcome keeps.
 const TRACE_LINES: usize = 400;
@@ -56,16 +58,17 @@ impl Faults {
     fn draw(sim: &mut Sim) -> Self {
         let chance = &mut sim.chance;
         let mut one_in = |of| chance.below(of) == 0;
-        let (lost, doubled, late) = (one_in(3), one_in(3), one_in(2));
+        let is_calm = one_in(3);
+        let (lost, doubled, late) = (!is_calm && one_in(3), one_in(3), one_in(2));
         let faults = Self {
             weather: Weather::default(),
-            cuts: one_in(2),
-            ends: one_in(2),
-            pauses: one_in(3),
+            cuts: !is_calm && one_in(2),
+            ends: !is_calm && one_in(2),
+            pauses: !is_calm && one_in(2),
             clocks: one_in(3),
             slow_disks: one_in(5),
             stuck_kernels: one_in(4),
-            loss: one_in(4),
+            loss: !is_calm && one_in(3),
         };
         let weather = Weather {
             lost: if lost { chance.between(1, 40) } else { 0 },
@@ -97,7 +100,12 @@ struct Stage {
 
 /// Runs a seed.
 pub fn run(seed: u64, is_loud: bool) -> Outcome {
-    let mut sim = Sim::new(seed);
+    // Directories change hands often.
+    let mut sim = Sim::with(seed, |_, vfs| {
+        vfs.delegations.flapping = Duration::from_secs(2);
+        vfs.delegations.shared_for = Duration::from_secs(4);
+        vfs.delegations.idle = Duration::from_millis(400);
+    });
     sim.shared.trace.lock().is_loud = is_loud;
     Listener::install(&sim.shared, if is_loud { tracing::Level::DEBUG } else { tracing::Level::ERROR });
     let servers = if sim.chance.below(5) == 0 { 5 } else { 3 };
@@ -107,24 +115,22 @@ pub fn run(seed: u64, is_loud: bool) -> Outcome {
         eprintln!("{servers} servers, {faults:?}");
     }
     let stage = set_up(&mut sim, faults.end_lives());
+    sim.shared.set_fence_after(FENCE_AFTER);
     let (mut programs, mut at_risk) = (Vec::new(), 0);
     for node in sim.running() {
         programs.extend(begin_programs(&mut sim, node, &stage));
     }
-    rage(&mut sim, faults, &stage, &mut programs, &mut at_risk);
+    let lost = rage(&mut sim, faults, &stage, &mut programs, &mut at_risk);
 
     sim.heal();
     sim.shared.set_disk_slowness(1000);
-    let lost = (faults.loss && sim.running().len() == sim.nodes().len()).then(|| *sim.chance.pick(&sim.nodes()));
-    for node in sim.nodes() {
+    for node in sim.nodes().into_iter().filter(|node| Some(*node) != lost) {
         if !sim.is_running(node) {
             sim.start(node);
         }
         sim.look_at_kernel(node, |kernel| kernel.stick(false));
     }
-    if let Some(node) = lost {
-        sim.end(node, End::PowerCut);
-        sim.shared.chunks.lock().lose(node);
+    if lost.is_some() {
         sim.run_for(FENCED);
     }
     let mut wrong = heal(&mut sim, &programs);
@@ -132,7 +138,7 @@ pub fn run(seed: u64, is_loud: bool) -> Outcome {
         wrong = look_at_the_end(&mut sim, &stage);
     }
     let history = sim.shared.history.lock();
-    wrong.extend(history.check());
+    wrong.extend(history.check(stage.care == Care::Synced));
     let trace = sim.shared.trace.lock();
     Outcome {
         violations: wrong,
@@ -154,7 +160,11 @@ fn set_up(sim: &mut Sim, ends_lives: bool) -> Stage {
         let file = async |name: &str| server.make(Ino::ROOT, name, 0).await.expect("nothing is wrong yet").ino;
         let dir = async |name: &str| server.make_dir(Ino::ROOT, name).await.expect("nothing is wrong yet");
         let (a, b, c) = (dir("a").await, dir("b").await, dir("c").await);
-        let pairs = vec![[(a, "x"), (a, "y")], [(a, "z"), (b, "x")], [(b, "y"), (c, "x")]];
+        let mut pairs = vec![[(a, "x"), (a, "y")], [(a, "z"), (b, "x")], [(b, "y"), (c, "x")]];
+        for number in 0..nodes.len() {
+            let own = dir(&format!("d{number}")).await;
+            pairs.push([(own, "x"), (own, "y")]);
+        }
         let mut homes = BTreeMap::new();
         for node in nodes {
             homes.insert(node, dir(&format!("home{}", node.0)).await);
@@ -207,12 +217,19 @@ async fn wander(server: &Arc<Server>, stage: &Stage) {
     // Some stay with few things for a while, so that their server comes to hold them.
     let (mut pair, mut file) = (chance(stage.pairs.len() as u64), chance(stage.files.len() as u64));
     let mut tag = server.node.0 as u16;
+    let own = stage.pairs.len() as u64 - stage.homes.len() as u64 + server.node.0 - 1;
     while server.shared.now() < stage.until {
         if chance(10) == 0 {
             (pair, file) = (chance(stage.pairs.len() as u64), chance(stage.files.len() as u64));
         }
         tag = (tag + 7) % 0o777 + 1;
-        match chance(20) {
+        match chance(27) {
+            20..25 => {
+                let name = chance(2) as usize;
+                let action = if chance(2) == 0 { names::Action::Make { name, tag } } else { names::Action::Remove { name } };
+                programs::ask_names(server, own, stage.pairs[own as usize], action, stage.care).await;
+            }
+            25..27 => visit(server, stage, pair).await,
             0..8 => {
                 let (name, other) = (chance(2) as usize, chance(2) as usize);
                 let action = match chance(9) {
@@ -243,10 +260,30 @@ async fn wander(server: &Arc<Server>, stage: &Stage) {
     }
 }
 
-/// Lets faults happen until the programs end.
-fn rage(sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId, Pending<()>)>, at_risk: &mut usize) {
+/// Looks at the same names again and again, so that the kernel has them.
+async fn visit(server: &Arc<Server>, stage: &Stage, pair: u64) {
+    for _ in 0..8 {
+        let name = server.shared.draw(|chance| chance.below(2)) as usize;
+        programs::ask_names(server, pair, stage.pairs[pair as usize], names::Action::Look { name }, stage.care).await;
+        let pause = server.shared.draw(|chance| chance.between(20, 200));
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+}
+
+/// Lets faults happen until the programs end; answers which server went for good.
+fn rage(sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId, Pending<()>)>, at_risk: &mut usize) -> Option<NodeId> {
     sim.shared.wires.lock().weather = faults.weather;
     let mut later: BTreeMap<Duration, Vec<Later>> = BTreeMap::new();
+    let mut lost = None;
+    if faults.loss {
+        let when = sim.now() + Duration::from_millis(sim.chance.between(3_000, 12_000));
+        let node = *sim.chance.pick(&sim.nodes());
+        lost = Some(node);
+        // It is cut off for a moment before it goes: what it did last nobody else has.
+        let cut_off = Duration::from_millis(sim.chance.between(100, 2_500));
+        later.entry(when).or_default().push(Later::CutOff(node));
+        later.entry(when + cut_off).or_default().push(Later::Lose(node));
+    }
     while sim.now() < stage.until {
         let pause = Duration::from_millis(sim.chance.between(50, 2500));
         let next = (sim.now() + pause).min(stage.until);
@@ -256,7 +293,7 @@ fn rage(sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId
                 && *entry.key() <= sim.now()
             {
                 for what in entry.remove() {
-                    what.happen(sim, faults, stage, programs);
+                    what.happen(sim, faults, stage, programs, lost);
                 }
             }
         }
@@ -265,6 +302,10 @@ fn rage(sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId
             later.entry(sim.now() + after).or_default().push(what);
         }
     }
+    if let Some(node) = lost.filter(|node| !sim.shared.chunks.lock().is_lost(*node)) {
+        Later::Lose(node).happen(sim, faults, stage, programs, lost);
+    }
+    lost
 }
 
 /// What ends a fault.
@@ -273,22 +314,33 @@ enum Later {
     Start(NodeId),
     Unstick(NodeId),
     FastDisks,
+    CutOff(NodeId),
+    /// For good.
+    Lose(NodeId),
 }
 
 impl Later {
-    fn happen(self, sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId, Pending<()>)>) {
+    fn happen(self, sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId, Pending<()>)>, lost: Option<NodeId>) {
         match self {
             Self::Heal => {
                 sim.heal();
                 sim.shared.wires.lock().weather = faults.weather;
             }
             Self::Start(node) => {
-                if !sim.is_running(node) {
+                let is_gone = lost == Some(node) && sim.shared.chunks.lock().is_lost(node);
+                if !sim.is_running(node) && !is_gone {
                     sim.start(node);
                     programs.extend(begin_programs(sim, node, stage));
                 }
             }
             Self::Unstick(node) => sim.look_at_kernel(node, |kernel| kernel.stick(false)),
+            Self::CutOff(node) => sim.isolate(node),
+            Self::Lose(node) => {
+                sim.end(node, End::PowerCut);
+                sim.wipe(node);
+                sim.heal();
+                sim.shared.wires.lock().weather = faults.weather;
+            }
             Self::FastDisks => sim.shared.set_disk_slowness(1000),
         }
     }
@@ -336,7 +388,7 @@ fn strike(sim: &mut Sim, faults: Faults) -> Option<(Duration, Later)> {
             None
         }
         6 if faults.slow_disks => {
-            sim.shared.set_disk_slowness(sim.chance.between(5_000, 100_000));
+            sim.shared.set_disk_slowness(sim.chance.between(5_000, 30_000));
             Some((short, Later::FastDisks))
         }
         7 if faults.stuck_kernels => {

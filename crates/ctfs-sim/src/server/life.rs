@@ -14,8 +14,6 @@ use tokio::time::{Instant, interval, sleep};
 
 use super::{Server, metadata::{OpenOrphans, decode, encode, service}};
 
-/// As in `ctfs-node`.
-pub const FENCE_AFTER: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_secs(1);
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 const ORPHANS_MAX: usize = 64;
@@ -64,7 +62,7 @@ pub async fn end_silent(server: Arc<Server>) {
             let members = server.metadata.replica.read().members().unwrap_or_default();
             let is_silent = |id| {
                 let heard = status.servers.get(&id).and_then(|server| server.last_heard);
-                heard.unwrap_or(led_for).min(led_for) >= FENCE_AFTER
+                heard.unwrap_or(led_for).min(led_for) >= server.shared.fence_after()
             };
             members
                 .into_iter()
