@@ -45,6 +45,10 @@ struct Args {
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
 
+    /// Run no more seeds after one has failed
+    #[arg(long)]
+    until_caught: bool,
+
     /// Print what happens as it happens
     #[arg(long)]
     trace: bool,
@@ -122,7 +126,7 @@ fn run_many(args: &Args, count: u64) -> ExitCode {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Relaxed);
-                    if seed >= end {
+                    if seed >= end || args.until_caught && failed.load(Relaxed) > 0 {
                         return;
                     }
                     let mut command = Command::new(&program);
@@ -131,6 +135,7 @@ fn run_many(args: &Args, count: u64) -> ExitCode {
                         command.args(["--without", rule]);
                     }
                     let output = command.output().expect("this program starts");
+                    // 1: something is wrong; anything else: the run broke down.
                     if !output.status.success() {
                         failed.fetch_add(1, Relaxed);
                         println!("seed {seed} FAILED\n{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
