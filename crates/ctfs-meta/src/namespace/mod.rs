@@ -281,14 +281,14 @@ impl Namespace {
             let ino = keys::number_at(key, 1).map(Ino).expect("keys of cuts hold an inode's number");
             moved.push((ino, value.as_ref().map(|value| records::decode(key, value)).transpose()?));
         }
+        if applied.changes.iter().any(|(_, change)| matches!(change, Change::Fenced { incarnation, .. } if self.layer.is_of(*incarnation))) {
+            // None of it happens any more; what stands in this entry behind the end was refused for that.
+            self.drop_ahead();
+        }
         for (command, verdict) in commands.iter().zip(&applied.verdicts) {
             if self.layer.is_next(command.request) && !(self.layer.retire(&batch) & verdict.is_ok()) {
                 applied.diverged.push(command.request);
             }
-        }
-        if applied.changes.iter().any(|(_, change)| matches!(change, Change::Fenced { incarnation, .. } if self.layer.is_of(*incarnation))) {
-            // None of it happens any more.
-            self.drop_ahead();
         }
         for (_, change) in &applied.changes {
             if let Change::Covered { ino } = change {
