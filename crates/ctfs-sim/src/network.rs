@@ -82,8 +82,6 @@ pub struct Wires {
     under_way: BTreeMap<(Duration, u64), Packet>,
     sent: u64,
     waiting: BTreeMap<u64, (NodeId, oneshot::Sender<Result<Vec<u8>, TransportError>>)>,
-    /// Microseconds one way, at least, beyond the usual.
-    pub distance: u64,
 }
 
 impl Wires {
@@ -98,7 +96,6 @@ impl Wires {
             under_way: BTreeMap::new(),
             sent: 0,
             waiting: BTreeMap::new(),
-            distance: 0,
         }
     }
 
@@ -111,7 +108,6 @@ impl Wires {
         self.cut.clear();
         self.filters.clear();
         self.weather = Weather::default();
-        self.distance = 0;
     }
 
     pub fn is_cut(&self, from: NodeId, to: NodeId) -> bool {
@@ -153,7 +149,7 @@ impl Wires {
         let is_question = matches!(packet.content, Content::Question(_));
         let copies = if is_question && self.chance.strikes(weather.doubled) { 2 } else { 1 };
         for _ in 0..copies {
-            let mut micros = self.distance + self.chance.between(150, 1_500);
+            let mut micros = self.chance.between(150, 1_500);
             if self.chance.strikes(weather.late) {
                 micros += self.chance.below(weather.late_millis * 1000 + 1);
             }

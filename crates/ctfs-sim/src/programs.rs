@@ -1,6 +1,6 @@
 //! What programs do on a server: a few calls each, written down in the history.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use ctfs_meta::MetaError;
@@ -9,7 +9,7 @@ use ctfs_vfs::{Caller, FsError, HandleId, LockRequest, Metadata as _, SetAttrReq
 
 use crate::{
     history::History,
-    invariants::{appends, attributes, fsync, linearizable::Calls, locks, names},
+    invariants::{appends, attributes, fsync, linearizable::{Calls, Model}, locks, names},
     server::Server,
 };
 
@@ -132,7 +132,7 @@ pub type NamePair = [(Ino, &'static str); 2];
 /// Asks something of a pair of names.
 pub async fn ask_names(server: &Arc<Server>, object: u64, pair: NamePair, action: names::Action, care: Care) {
     use names::{Action, Answer};
-    let Some(call) = begin(server, |history| history.names.entry(object).or_default(), clone_name_action(&action)) else { return };
+    let Some(call) = begin(server, |history| history.names.entry(object).or_default(), action) else { return };
     let is_read = matches!(action, Action::Look { .. });
     let answered = match action {
         Action::Make { name, tag } => server.make(pair[name].0, pair[name].1, tag).await.map(|_| Answer::Done),
@@ -159,16 +159,6 @@ pub async fn ask_names(server: &Arc<Server>, object: u64, pair: NamePair, action
         refused => refused,
     };
     end(server, |history| history.names.entry(object).or_default(), call, answered, is_read, "names", object);
-}
-
-fn clone_name_action(action: &names::Action) -> names::Action {
-    use names::Action::{Look, Make, Remove, Rename};
-    match *action {
-        Make { name, tag } => Make { name, tag },
-        Remove { name } => Remove { name },
-        Rename { from, to } => Rename { from, to },
-        Look { name } => Look { name },
-    }
 }
 
 /// chmod, or stat through the kernel.
@@ -216,7 +206,7 @@ pub async fn ask_appends(server: &Arc<Server>, object: u64, ino: Ino, piece: Opt
 }
 
 /// Tries to take the lock of a file, holds it for a moment, and gives it back.
-pub async fn use_lock(server: &Arc<Server>, object: u64, ino: Ino, owner: u64, held_for: std::time::Duration) {
+pub async fn use_lock(server: &Arc<Server>, object: u64, ino: Ino, owner: u64, held_for: Duration) {
     use locks::{Action, Answer, Owner};
     let Ok(opened) = server.vfs.open(Caller::ROOT, ino, libc::O_RDWR).await else { return };
     let me = Owner { life: server.consensus.incarnation().0, program: owner };
@@ -248,7 +238,7 @@ pub async fn use_lock(server: &Arc<Server>, object: u64, ino: Ino, owner: u64, h
 }
 
 /// Makes names in their order in a directory of its own until something fails, and syncs now and then.
-pub async fn make_in_order(server: &Arc<Server>, dir: Ino, until: std::time::Duration) {
+pub async fn make_in_order(server: &Arc<Server>, dir: Ino, until: Duration) {
     let life = server.consensus.incarnation();
     let mut number = 0;
     server.history(|history| history.sequences.begin(dir, life));
@@ -270,12 +260,12 @@ pub async fn make_in_order(server: &Arc<Server>, dir: Ino, until: std::time::Dur
             server.history(|history| history.sequences.of(dir).synced = number);
         }
         let pause = server.shared.draw(|chance| chance.between(3, 120));
-        tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
     }
 }
 
 /// Writes version after version into a file of its own until something fails, and syncs now and then.
-pub async fn overwrite(server: &Arc<Server>, ino: Ino, until: std::time::Duration) {
+pub async fn overwrite(server: &Arc<Server>, ino: Ino, until: Duration) {
     let mut version = 0;
     server.history(|history| history.versions.0.entry(ino).or_default().asked = 0);
     let Ok(opened) = server.vfs.open(Caller::ROOT, ino, libc::O_RDWR).await else { return };
@@ -291,12 +281,12 @@ pub async fn overwrite(server: &Arc<Server>, ino: Ino, until: std::time::Duratio
             server.history(|history| history.versions.0.entry(ino).or_default().synced = version);
         }
         let pause = server.shared.draw(|chance| chance.between(2, 150));
-        tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
     }
     server.vfs.release(opened.handle).await;
 }
 
-fn begin<M: crate::invariants::linearizable::Model>(
+fn begin<M: Model>(
     server: &Server,
     of: impl FnOnce(&mut History) -> &mut Calls<M>,
     action: M::Action,
@@ -307,7 +297,7 @@ fn begin<M: crate::invariants::linearizable::Model>(
     calls.has_room().then(|| calls.begin(now, server.node.0, action))
 }
 
-fn end<M: crate::invariants::linearizable::Model>(
+fn end<M: Model>(
     server: &Server,
     of: impl FnOnce(&mut History) -> &mut Calls<M>,
     call: usize,

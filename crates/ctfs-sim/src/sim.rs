@@ -342,7 +342,7 @@ impl Sim {
         for packet in arrived {
             self.deliver(packet);
         }
-        for (node, slot) in &mut self.slots {
+        for slot in self.slots.values_mut() {
             if slot.running.is_none() || slot.paused_until > self.now {
                 continue;
             }
@@ -365,7 +365,6 @@ impl Sim {
                 tokio::time::sleep_until(until).await;
             });
             ctfs_host::simulated::enter(before);
-            let _ = node;
         }
     }
 

@@ -4,7 +4,7 @@ use super::linearizable::Model;
 
 pub struct Names;
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub enum Action {
     /// With `O_EXCL`, a file of this mode.
     Make { name: usize, tag: u16 },

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use ctfs_consensus::{ProposeError, Transport};
-use ctfs_meta::{MemberState, Op};
+use ctfs_meta::{MemberState, MetaError, Op};
 use ctfs_types::{
     Incarnation, Ino,
     rules::{Rule, keeps},
@@ -39,6 +39,8 @@ pub async fn report(server: &Arc<Server>, life: Incarnation) {
                 server.note(format_args!("life {} begins", life.0));
                 return;
             }
+            // It was ended before its report was answered; the next one comes of that.
+            Ok(Err(MetaError::StaleIncarnation)) => return,
             Ok(Err(verdict)) => panic!("s{} cannot report a life: {verdict}", server.node.0),
             Err(ProposeError::Stopped(why)) => panic!("s{} has stopped: {why}", server.node.0),
             Err(_) => {}
