@@ -14,8 +14,7 @@ pub(crate) struct BootTime(Duration);
 
 impl BootTime {
     pub fn now() -> Self {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Self(Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0)))
+        Self(ctfs_host::boot_time())
     }
 
     /// How long after `earlier` this is; zero when it is not after.

@@ -373,7 +373,7 @@ pub(crate) async fn end_when_failed(core: Arc<Core>, machine: StateMachine) {
     };
     core.stop(&why);
     // Whether it could be marked or not, the others must not wait for us.
-    let _ = tokio::task::spawn_blocking(move || machine.poison_failed_store()).await;
+    let _ = ctfs_host::blocking(move || machine.poison_failed_store()).await;
     if let Err(error) = core.raft.shutdown().await {
         tracing::warn!(%error, "openraft broke down");
     }

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use ctfs_types::{Incarnation, LogIndex, NodeId};
+use ctfs_types::{
+    Incarnation, LogIndex, NodeId,
+    rules::{Rule, keeps},
+};
 
 use crate::{boottime::BootTime, messages::Grant, settings::Timings};
 
@@ -189,7 +192,8 @@ impl Ledger {
         // Kernels may keep an answer for as long as a lease is not used: so much always lies between
         // the end of its use and the moment when nobody waits for its holder any more.
         let unused = self.lease - self.lease_used;
-        let usable = (now + self.lease_used).min(quorum? + self.lease_used).min(patience - unused);
+        let quorum_acked = if keeps(Rule::LeasesHangOnQuorum) { quorum } else { Some(now) };
+        let usable = (now + self.lease_used).min(quorum_acked? + self.lease_used).min(patience - unused);
         if usable <= now {
             return None;
         }

@@ -29,6 +29,7 @@ pub mod observer;
 mod proposer;
 pub mod raft_types;
 mod record;
+mod records;
 mod relay;
 mod replay;
 pub mod runtime;

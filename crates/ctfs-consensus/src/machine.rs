@@ -155,7 +155,7 @@ impl StateMachine {
         step: impl FnOnce(&Inner) -> Result<T, MachineError> + Send + 'static,
     ) -> Result<T, MachineError> {
         let inner = self.inner.clone();
-        match tokio::task::spawn_blocking(move || step(&inner)).await {
+        match ctfs_host::blocking(move || step(&inner)).await {
             Ok(result) => {
                 if let Err(MachineError::Store(why)) = &result {
                     self.inner.fail(&why.to_string());

@@ -16,7 +16,10 @@ use std::{
 };
 
 use ctfs_meta::{About, Command, MetaError, Op, Reply};
-use ctfs_types::{Ino, NodeId, RequestId, Timestamp, codec};
+use ctfs_types::{
+    Ino, NodeId, RequestId, Timestamp, codec,
+    rules::{Rule, keeps},
+};
 use openraft::error::ClientWriteError;
 use parking_lot::Mutex;
 use tokio::{
@@ -205,7 +208,7 @@ impl Request {
         // It may depend on them, and must not survive a crash that they do not. What is about no inode does
         // not, and the server's own affairs must not wait for a long backlog.
         let mut deadline = deadline;
-        if !self.on_the_way.lock().is_empty() {
+        if !self.on_the_way.lock().is_empty() && keeps(Rule::DirectFollowsStreamed) {
             let before = Instant::now();
             core.await_streamed().await?;
             deadline += before.elapsed();
@@ -448,7 +451,7 @@ async fn answer(
         tracing::error!(%index, verdicts = response.data.0.len(), commands, "verdicts do not match");
         return;
     }
-    if !core.await_visible(index, deadline).await {
+    if keeps(Rule::AnswersWaitForLeases) && !core.await_visible(index, deadline).await {
         return;
     }
     let mut verdicts = response.data.0.into_iter();

@@ -73,7 +73,7 @@ impl Consensus {
         let config = raft_config(&settings.timings, &settings.limits)?;
         let relay = Relay::new(observer.clone());
         let (dir, sizes, told) = (settings.dir.clone(), settings.storage.clone(), relay.clone());
-        let storage = tokio::task::spawn_blocking(move || Storage::open(&dir, &sizes, told))
+        let storage = ctfs_host::blocking(move || Storage::open(&dir, &sizes, told))
             .await
             .map_err(|error| StartError::Raft(error.to_string()))??;
         let clock = Arc::new(QuorumClock::default());
@@ -244,6 +244,11 @@ impl Consensus {
     /// What the journal has before this position is needed by nobody.
     pub fn kept_from(&self) -> u64 {
         self.core.kept_from()
+    }
+
+    /// Whether what is in the journal counts as being on as many disks as asked for, once it is there.
+    pub fn journal_counts(&self, class: Durability) -> bool {
+        self.core.journal_counts(class)
     }
 
     /// Returns when all that happened and was written down here before the call is on as many disks as

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use ctfs_journal::Position;
+use ctfs_meta::Durability;
 
 /// Who has the journal besides this server.
 #[derive(Clone, Default)]
@@ -25,6 +26,15 @@ pub trait JournalCopy: Send + Sync + 'static {
 }
 
 impl Second {
+    /// Whether the journal, here and there, is on as many disks as asked for.
+    pub(crate) fn is_enough_for(&self, class: Durability) -> bool {
+        match class {
+            Durability::Local => true,
+            Durability::Pair => !matches!(self, Self::Unknown),
+            Durability::Quorum | Durability::All => false,
+        }
+    }
+
     pub(crate) fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Unknown, Self::Unknown) | (Self::Nobody, Self::Nobody) => true,

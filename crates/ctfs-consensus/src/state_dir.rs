@@ -19,7 +19,9 @@ use crate::{
     durable,
     health::Health,
     raft_types::{RaftLogId, RaftMembership, log_index_of},
+    records::Records,
     sled_store::{OpenError, SledStore},
+    storage::StorageSettings,
     write_behind::WriteBehind,
     snapshot::{self, Header, SnapshotError},
     versioned::{VersionedStore, Versions},
@@ -95,13 +97,16 @@ pub(crate) struct StateDir {
     dir: PathBuf,
     cache_bytes: u64,
     verify_bytes_max: u64,
+    /// No store is on disk, each start makes one in memory.
+    in_memory: bool,
     health: Health,
 }
 
 impl StateDir {
-    pub fn open(dir: &Path, cache_bytes: u64, verify_bytes_max: u64, health: Health) -> io::Result<Self> {
+    pub fn open(dir: &Path, settings: &StorageSettings, health: Health) -> io::Result<Self> {
         durable::create_dir(dir)?;
-        Ok(Self { dir: dir.to_owned(), cache_bytes, verify_bytes_max, health })
+        let StorageSettings { cache_bytes, verify_bytes_max, state_in_memory: in_memory, .. } = *settings;
+        Ok(Self { dir: dir.to_owned(), cache_bytes, verify_bytes_max, in_memory, health })
     }
 
     fn store_path(&self, number: u64) -> PathBuf {
@@ -114,6 +119,9 @@ impl StateDir {
 
     /// The state that counts; `None` when there never was one.
     pub fn current(&self) -> Result<Option<State>, StateError> {
+        if self.in_memory {
+            return Ok(None);
+        }
         let Some(bytes) = durable::read_if_there(&self.dir.join("current"))? else {
             return if self.numbers()?.is_empty() {
                 Ok(None)
@@ -133,7 +141,7 @@ impl StateDir {
         let is_verified = store.bytes_on_disk()? <= self.verify_bytes_max;
         // sled asserts about some damaged pages instead of returning an error.
         let loaded = catch_unwind(AssertUnwindSafe(|| {
-            let state = self.load(number, store)?;
+            let state = Self::load(number, self.on_disk(store)?)?;
             if is_verified {
                 check_sum(&state.namespace)?;
             }
@@ -142,8 +150,8 @@ impl StateDir {
         loaded.unwrap_or_else(|_| Err(StateError::Unusable("reading it broke down".into()))).map(Some)
     }
 
-    fn load(&self, number: u64, store: SledStore) -> Result<State, StateError> {
-        let versions = Versions::new(WriteBehind::new(store, self.health.clone())?);
+    fn load(number: u64, store: Records) -> Result<State, StateError> {
+        let versions = Versions::new(store);
         let reached = Reached::load(versions.store())?;
         let namespace = Namespace::open(Box::new(VersionedStore(versions.clone())))?;
         if namespace.applied() != log_index_of(reached.applied) {
@@ -171,20 +179,24 @@ impl StateDir {
     }
 
     fn fill(&self, number: u64, path: &Path, snapshot: Option<&File>) -> Result<State, StateError> {
-        let mut store = SledStore::open(path, self.cache_bytes)?;
-        let header = match snapshot {
-            Some(file) => Some(snapshot::read(file, |records| {
-                Ok::<_, StateError>(store.write(records.into_iter().map(|(key, value)| (key, Some(value))).collect())?)
-            })?),
-            None => None,
+        let (header, records) = if self.in_memory {
+            let mut records = Records::in_memory();
+            (unpack(snapshot, &mut records)?, records)
+        } else {
+            let mut store = SledStore::open(path, self.cache_bytes)?;
+            (unpack(snapshot, &mut store)?, self.on_disk(store)?)
         };
-        let state = self.load(number, store)?;
+        let state = Self::load(number, records)?;
         if let Some(header) = header {
             agrees(&state, &header)?;
         }
         state.versions.store().checkpoint()?;
         durable::sync_dir(&self.dir)?;
         Ok(state)
+    }
+
+    fn on_disk(&self, store: SledStore) -> Result<Records, StoreError> {
+        Ok(Records::OnDisk(WriteBehind::new(store, self.health.clone())?))
     }
 
     /// Makes store `number` the one that counts, durably.
@@ -222,6 +234,15 @@ impl StateDir {
         numbers.dedup();
         Ok(numbers)
     }
+}
+
+/// Puts the records of `snapshot`, if there is one, into an empty store.
+fn unpack(snapshot: Option<&File>, store: &mut dyn Store) -> Result<Option<Header>, StateError> {
+    let Some(file) = snapshot else { return Ok(None) };
+    let header = snapshot::read(file, |records| {
+        Ok::<_, StateError>(store.write(records.into_iter().map(|(key, value)| (key, Some(value))).collect())?)
+    })?;
+    Ok(Some(header))
 }
 
 /// Reads every record, and compares the sum of all with the one kept by every change: also a

@@ -35,11 +35,14 @@ pub struct StorageSettings {
     /// A state and a snapshot up to this size are read and checked as a whole at start; of larger
     /// ones every record is checked when it is read. A gibibyte takes a few seconds.
     pub verify_bytes_max: u64,
+    /// Keeps the state in memory alone and makes it again at each start, from snapshot and log; for the
+    /// simulation.
+    pub state_in_memory: bool,
 }
 
 impl Default for StorageSettings {
     fn default() -> Self {
-        Self { log: LogSettings::default(), cache_bytes: 32 << 20, verify_bytes_max: 1 << 30 }
+        Self { log: LogSettings::default(), cache_bytes: 32 << 20, verify_bytes_max: 1 << 30, state_in_memory: false }
     }
 }
 
@@ -96,7 +99,7 @@ impl Storage {
         let snapshots = SnapshotDir::open(&dir.join("snapshots"))?;
         let state_path = dir.join("state");
         let health = Health::new(dir);
-        let states = StateDir::open(&state_path, settings.cache_bytes, settings.verify_bytes_max, health.clone())
+        let states = StateDir::open(&state_path, settings, health.clone())
             .map_err(|source| StorageError::Io { doing: "open state directory", path: state_path, source })?;
 
         let state = open_state(&states, &snapshots, settings)?;

@@ -14,7 +14,7 @@ use std::{
 use ctfs_meta::{Batch, Store, StoreError};
 use parking_lot::{Condvar, Mutex};
 
-use crate::{sled_store::Record, write_behind::WriteBehind};
+use crate::{records::Records, sled_store::Record};
 
 /// Bytes of old values kept for a cursor. Past it writes wait for the cursor to move on: a
 /// snapshot must end, and memory too.
@@ -25,7 +25,7 @@ const ASIDE_WAIT: Duration = Duration::from_millis(100);
 /// The live store of one namespace, shared by the namespace and a snapshot under way.
 #[derive(Debug)]
 pub struct Versions {
-    store: WriteBehind,
+    store: Records,
     /// Also the lock between one write and one slice of the cursor.
     aside: Mutex<Option<Aside>>,
     moved: Condvar,
@@ -43,15 +43,15 @@ struct Aside {
 }
 
 impl Versions {
-    pub fn new(store: WriteBehind) -> Arc<Self> {
+    pub fn new(store: Records) -> Arc<Self> {
         Self::with_limit(store, ASIDE_BYTES_MAX)
     }
 
-    fn with_limit(store: WriteBehind, aside_bytes_max: usize) -> Arc<Self> {
+    fn with_limit(store: Records, aside_bytes_max: usize) -> Arc<Self> {
         Arc::new(Self { store, aside: Mutex::new(None), moved: Condvar::new(), aside_bytes_max })
     }
 
-    pub fn store(&self) -> &WriteBehind {
+    pub fn store(&self) -> &Records {
         &self.store
     }
 
@@ -156,7 +156,8 @@ mod tests {
 
     fn open(dir: &tempfile::TempDir, limit: usize) -> Arc<Versions> {
         let sled = crate::sled_store::SledStore::open(dir.path(), 1 << 20).unwrap();
-        Versions::with_limit(WriteBehind::new(sled, crate::health::Health::new(dir.path())).unwrap(), limit)
+        let settled = crate::write_behind::WriteBehind::new(sled, crate::health::Health::new(dir.path())).unwrap();
+        Versions::with_limit(Records::OnDisk(settled), limit)
     }
 
     #[test]

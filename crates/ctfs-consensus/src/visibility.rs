@@ -8,7 +8,10 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use ctfs_types::{LogIndex, NodeId};
+use ctfs_types::{
+    LogIndex, NodeId,
+    rules::{Rule, keeps},
+};
 use openraft::error::RaftError;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -45,7 +48,7 @@ impl Core {
             return Duration::ZERO;
         }
         match *self.lease.borrow() {
-            Some(lease) if self.relay.acked(&self.invalidated) >= lease.from => lease.until.since(BootTime::now()),
+            Some(lease) if self.relay.acked(&self.invalidated) >= lease.from || !keeps(Rule::ReadmissionCatchesUp) => lease.until.since(BootTime::now()),
             _ => Duration::ZERO,
         }
     }

@@ -94,6 +94,11 @@ impl Core {
         self.stream.journal.lock().as_ref().map_or(0, |journal| journal.depth().trimmed.next().0)
     }
 
+    /// Whether what is in the journal counts as being on as many disks as asked for, once it is there.
+    pub fn journal_counts(&self, class: Durability) -> bool {
+        self.stream.second.borrow().is_enough_for(class) && self.stream.journal.lock().is_some()
+    }
+
     /// Returns when all that happened and was written down here before the call is on as many disks as
     /// asked for. `false`: the journal alone does not do that now.
     ///
@@ -103,9 +108,8 @@ impl Core {
     pub async fn durable(&self, class: Durability) -> Result<bool, ProposeError> {
         let Some(journal) = self.stream.journal.lock().clone() else { return Ok(false) };
         let second = self.stream.second.borrow().clone();
-        match (class, &second) {
-            (Durability::Local, _) | (Durability::Pair, Second::Nobody | Second::Copy(_)) => {}
-            (Durability::Pair, Second::Unknown) | (Durability::Quorum | Durability::All, _) => return Ok(false),
+        if !second.is_enough_for(class) {
+            return Ok(false);
         }
         let upto = journal.depth().appended;
         let here = async { journal.durable(upto).await.is_ok() };

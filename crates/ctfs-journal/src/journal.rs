@@ -10,11 +10,11 @@ use std::{
     collections::VecDeque,
     path::Path,
     sync::Arc,
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use ctfs_host::Thread;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::watch;
 
@@ -66,7 +66,7 @@ pub struct Depth {
 /// The journal of this life. Dropping it writes and syncs what was appended, and blocks for that.
 pub struct Journal {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<Thread>>,
 }
 
 struct Shared {
@@ -179,7 +179,7 @@ impl Journal {
             appended: watch::Sender::default(),
         });
         let writer = writer::Writer::new(shared.clone(), segments);
-        let thread = thread::Builder::new().name("ctfs-journal".into()).spawn(move || writer.run());
+        let thread = Thread::start("ctfs-journal", writer);
         let thread = thread.map_err(|source| JournalError::io("start the thread of", &dir, source))?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
@@ -343,7 +343,7 @@ impl Journal {
         self.shared.work.notify_one();
         // One caller joins; the others find the thread ended when they have the lock.
         if let Some(thread) = self.thread.lock().take() {
-            let _ = thread.join();
+            thread.join();
         }
         let state = self.shared.state.lock();
         state.check()?;

@@ -99,6 +99,10 @@ impl Metadata for ReplicatedMetadata {
         self.consensus.kept_from()
     }
 
+    fn journal_counts(&self, class: Durability) -> bool {
+        self.consensus.journal_counts(class)
+    }
+
     async fn durable(&self, class: Durability) -> Result<bool, FsError> {
         self.consensus.durable(class).await.map_err(no_quorum)
     }

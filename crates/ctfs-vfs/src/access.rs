@@ -61,6 +61,9 @@ pub trait Metadata: Send + Sync + 'static {
     /// What the journal has before this position is needed by nobody.
     fn kept_from(&self) -> u64;
 
+    /// Whether what is in the journal counts as being on as many disks as asked for, once it is there.
+    fn journal_counts(&self, class: Durability) -> bool;
+
     /// Returns when all that happened and was written down here before the call is on as many disks as
     /// asked for. `false`: the journal alone does not do that now; flush, and wait until it is
     /// [`Self::settled`].

@@ -22,7 +22,10 @@ use std::{
 
 use async_trait::async_trait;
 use ctfs_meta::{Durability, MetaError, Namespace, Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{Attr, FileBytes, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId};
+use ctfs_types::{
+    Attr, FileBytes, FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, NodeId,
+    rules::{Rule, keeps},
+};
 use parking_lot::Mutex;
 use tokio::{runtime::Handle, time::timeout};
 use tracing::debug;
@@ -132,6 +135,7 @@ impl Delegations {
             return self.give_up(dir).await;
         }
         self.state.lock().figures.recalled += 1;
+        let _kept = if keeps(Rule::WaitingGivesUp) { None } else { Some(self.giving_up.lock().await) };
         let patience = deadline.saturating_duration_since(Instant::now()).min(self.settings.call_patience);
         match timeout(patience, self.holders.recall(holder, dir)).await {
             // The holder says that it is given up; it may not be applied here yet.
@@ -358,6 +362,10 @@ impl Metadata for RuledMetadata {
 
     fn kept_from(&self) -> u64 {
         self.0.inner.kept_from()
+    }
+
+    fn journal_counts(&self, class: Durability) -> bool {
+        self.0.inner.journal_counts(class)
     }
 
     async fn durable(&self, class: Durability) -> Result<bool, FsError> {

@@ -5,7 +5,10 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-use ctfs_types::Ino;
+use ctfs_types::{
+    Ino,
+    rules::{Rule, keeps},
+};
 use parking_lot::Mutex;
 
 use crate::FsError;
@@ -192,7 +195,7 @@ impl Handles {
         let mut inner = self.inner.lock();
         inos.iter()
             .map(|ino| {
-                let open = inner.by_inode.contains_key(ino);
+                let open = inner.by_inode.contains_key(ino) && keeps(Rule::OpenInodesStay);
                 if !open {
                     inner.barred.insert(*ino);
                 }

@@ -27,7 +27,10 @@ use std::{
 
 use ctfs_chunk::CacheTier;
 use ctfs_meta::{Change, LockOwner, MetaError, Op, Reply, Totals, quota};
-use ctfs_types::{Attr, FileBytes, FileKind, FileName, FileUse, Holder, Incarnation, Ino, LogIndex};
+use ctfs_types::{
+    Attr, FileBytes, FileKind, FileName, FileUse, Holder, Incarnation, Ino, LogIndex,
+    rules::{Rule, keeps},
+};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -266,12 +269,16 @@ impl Vfs {
     /// Unflushed bytes are dropped and told to who wrote them; handles through which locks were held
     /// are dead.
     pub async fn life_ended(&self) {
-        self.handles.lose_locks();
+        if keeps(Rule::LostLocksEndHandles) {
+            self.handles.lose_locks();
+        }
         self.waiters.replaced();
         for ino in self.content.life_ended().await {
             let why = "this server was cut off for so long that others went on without it".to_owned();
             self.handles.spread_error(ino, &FsError::LostWrites { ino, why });
-            self.invalidate(vec![Change::Data { ino, offset: 0, len: u64::MAX }, Change::Attr { ino }]);
+            if keeps(Rule::NewLifeForgets) {
+                self.invalidate(vec![Change::Data { ino, offset: 0, len: u64::MAX }, Change::Attr { ino }]);
+            }
         }
     }
 
@@ -417,12 +424,17 @@ impl Vfs {
         seen
     }
 
+    /// Returns when all that happened here before the call is in the log.
+    async fn settled(&self) -> Result<(), FsError> {
+        if keeps(Rule::FsyncWaitsForLog) { self.meta.settled().await } else { Ok(()) }
+    }
+
     /// What the replica shows, and the index that must be visible before it is told.
     fn look<T>(&self, look: impl Fn(&View<'_>) -> Result<T, FsError>) -> (Result<T, FsError>, Option<LogIndex>) {
         let namespace = self.meta.replica().read();
         let view = View::new(&*self.meta, &namespace);
         let seen = look(&view);
-        (seen, view.newest_unseen())
+        (seen, view.newest_unseen().filter(|_| keeps(Rule::ReadsWaitForVisible)))
     }
 
     /// Attributes as programs see them: the committed ones, with unflushed writes on top.

@@ -9,8 +9,12 @@ use std::{
     sync::Arc,
 };
 
+use ctfs_host::Worker;
 use openraft::storage::LogFlushed;
-use tokio::sync::{mpsc::Receiver, oneshot};
+use tokio::sync::{
+    mpsc::{Receiver, error::TryRecvError},
+    oneshot,
+};
 use tracing::error;
 
 use super::{
@@ -93,6 +97,51 @@ pub(super) fn segment_path(dir: &Path, first: u64) -> PathBuf {
     dir.join(format!("{first:020}.seg"))
 }
 
+/// The flusher at work, until every asker is gone.
+pub(super) struct Serving {
+    flusher: Flusher,
+    inbox: Receiver<Request>,
+}
+
+impl Serving {
+    pub fn new(flusher: Flusher, inbox: Receiver<Request>) -> Self {
+        Self { flusher, inbox }
+    }
+
+    fn serve(&mut self, first: Request) {
+        let mut next = Some(first);
+        while let Some(request) = next {
+            next = self.flusher.take(request, &mut self.inbox);
+        }
+    }
+
+    fn end(&mut self) {
+        let _ = self.flusher.guarded(|flusher| flusher.note_progress());
+    }
+}
+
+impl Worker for Serving {
+    fn run(mut self) {
+        while let Some(request) = self.inbox.blocking_recv() {
+            self.serve(request);
+        }
+        self.end();
+    }
+
+    fn turn(&mut self) -> bool {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(request) => self.serve(request),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => {
+                    self.end();
+                    return false;
+                }
+            }
+        }
+    }
+}
+
 impl Flusher {
     pub fn new(
         shared: Arc<Shared>,
@@ -104,22 +153,19 @@ impl Flusher {
         Self { shared, purged, deferred: None, held: VecDeque::new(), progress_file, progress, active }
     }
 
-    /// Serves until every asker is gone.
-    pub fn run(mut self, mut inbox: Receiver<Request>) {
-        let mut next = None;
-        while let Some(request) = next.take().or_else(|| inbox.blocking_recv()) {
-            self.release();
-            if self.must_wait(&request) {
-                if self.held.len() < HELD_MAX {
-                    self.held.push_back(request);
-                } else {
-                    request.refuse(io::Error::other("too much waits for a snapshot to be installed"));
-                }
-                continue;
+    /// Takes one request from the inbox, and what may be done together with it; returns what else it
+    /// took from there.
+    fn take(&mut self, request: Request, inbox: &mut Receiver<Request>) -> Option<Request> {
+        self.release();
+        if self.must_wait(&request) {
+            if self.held.len() < HELD_MAX {
+                self.held.push_back(request);
+            } else {
+                request.refuse(io::Error::other("too much waits for a snapshot to be installed"));
             }
-            next = self.serve(request, Some(&mut inbox));
+            return None;
         }
-        let _ = self.guarded(|this| this.note_progress());
+        self.serve(request, Some(inbox))
     }
 
     /// Whether `request` must not be done before the deferred purge is.

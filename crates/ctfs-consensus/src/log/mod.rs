@@ -34,6 +34,7 @@ use std::{
     sync::Arc,
 };
 
+use ctfs_host::Thread;
 use ctfs_types::codec;
 use openraft::{
     AnyError, LogState, OptionalSend, RaftLogReader, StorageIOError,
@@ -46,7 +47,7 @@ pub use self::coverage::Coverage;
 pub(crate) use self::recovery::Recovered;
 use self::{
     coverage::Reach,
-    flusher::{Flusher, Request},
+    flusher::{Flusher, Request, Serving},
     frame::PAYLOAD_BYTES_MAX,
 };
 use crate::{
@@ -125,7 +126,7 @@ pub struct LogReader {
 
 struct FlusherThread {
     health: Health,
-    handle: Option<std::thread::JoinHandle<()>>,
+    handle: Option<Thread>,
 }
 
 impl Drop for FlusherThread {
@@ -133,7 +134,7 @@ impl Drop for FlusherThread {
         self.health.stop();
         if let Some(handle) = self.handle.take() {
             // The directory may be opened again right after; the thread has at most one sync left.
-            let _ = handle.join();
+            handle.join();
         }
     }
 }
@@ -304,9 +305,7 @@ impl LogStore {
         });
         let (requests, inbox) = tokio::sync::mpsc::channel(REQUESTS_MAX);
         let flusher = Flusher::new(shared.clone(), state.purged, progress_file, progress, active);
-        let handle = std::thread::Builder::new()
-            .name("ctfs-log".into())
-            .spawn(move || flusher.run(inbox))
+        let handle = Thread::start("ctfs-log", Serving::new(flusher, inbox))
             .map_err(|source| LogError::io("start thread for", &dir, source))?;
         Ok(Self { shared, requests, _thread: Arc::new(FlusherThread { health, handle: Some(handle) }) })
     }
@@ -411,7 +410,7 @@ impl Shared {
             self.read(start, end, bytes_max)
         } else {
             let shared = self.clone();
-            tokio::task::spawn_blocking(move || shared.read(start, end, bytes_max))
+            ctfs_host::blocking(move || shared.read(start, end, bytes_max))
                 .await
                 .unwrap_or_else(|error| Err((start, io::Error::other(error))))
         };

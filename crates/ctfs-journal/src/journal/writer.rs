@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ctfs_host::Worker;
 use tracing::{error, warn};
 
 use super::{Shared, State};
@@ -36,21 +37,68 @@ struct Job {
     trim: Position,
 }
 
+impl Worker for Writer {
+    fn run(mut self) {
+        // However this ends, nobody waits for it any longer.
+        let _end = OnEnd(self.shared.clone());
+        while let Some(job) = self.next_job() {
+            if !self.work(job) {
+                return;
+            }
+        }
+    }
+
+    fn turn(&mut self) -> bool {
+        loop {
+            let (job, closing) = {
+                let state = self.shared.state.lock();
+                (self.job(&state), state.closing)
+            };
+            match job {
+                Some(job) => {
+                    if self.work(job) {
+                        continue;
+                    }
+                }
+                None if !closing => return true,
+                None => {}
+            }
+            drop(OnEnd(self.shared.clone()));
+            return false;
+        }
+    }
+}
+
 impl Writer {
     pub fn new(shared: Arc<Shared>, segments: Segments) -> Self {
         Self { shared, segments, unsynced_bytes: 0 }
     }
 
-    pub fn run(mut self) {
-        // However this ends, nobody waits for it any longer.
-        let _end = OnEnd(self.shared.clone());
-        while let Some(job) = self.next_job() {
-            if let Err(why) = self.serve(job) {
+    /// Does a job; `false`: the journal has failed.
+    fn work(&mut self, job: Job) -> bool {
+        match self.serve(job) {
+            Ok(()) => true,
+            Err(why) => {
                 error!(journal = %self.shared.id, %why, "the journal failed and refuses everything from now on");
                 self.shared.state.lock().failed = Some(why.to_string().into());
-                return;
+                false
             }
         }
+    }
+
+    /// What there is to do at this moment.
+    fn job(&self, state: &State) -> Option<Job> {
+        let records = gather(state);
+        let due = self.due(state).is_some_and(|due| due <= Instant::now());
+        let sync = state.durable < state.written && (state.wanted > state.durable || state.closing || due);
+        let trim = state.trimmed.min(state.durable);
+        let trims = trim > self.segments.trimmed();
+        (!records.is_empty() || sync || trims).then_some(Job { records, sync, trim })
+    }
+
+    /// When what is written is to be synced although nobody waits for it.
+    fn due(&self, state: &State) -> Option<Instant> {
+        state.unsynced_since.map(|since| since + self.shared.settings.sync_after)
     }
 
     /// Waits for something to do; `None`: the journal is closed, and all is done.
@@ -58,20 +106,14 @@ impl Writer {
         let shared = self.shared.clone();
         let mut state = shared.state.lock();
         loop {
-            let records = gather(&state);
-            let due = state.unsynced_since.map(|since| since + shared.settings.sync_after);
-            let sync = state.durable < state.written
-                && (state.wanted > state.durable || state.closing || due.is_some_and(|due| due <= Instant::now()));
-            let trim = state.trimmed.min(state.durable);
-            let trims = trim > self.segments.trimmed();
-            if !records.is_empty() || sync || trims {
-                return Some(Job { records, sync, trim });
+            if let Some(job) = self.job(&state) {
+                return Some(job);
             }
             if state.closing {
                 return None;
             }
             state.sleeping = true;
-            match due {
+            match self.due(&state) {
                 Some(due) => drop(shared.work.wait_until(&mut state, due)),
                 None => shared.work.wait(&mut state),
             }

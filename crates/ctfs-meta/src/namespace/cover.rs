@@ -11,7 +11,10 @@
 
 use std::cell::RefCell;
 
-use ctfs_types::{FileUse, Holder, Ino};
+use ctfs_types::{
+    FileUse, Holder, Ino,
+    rules::{Rule, keeps},
+};
 
 use super::{
     Apply, Namespace,
@@ -167,7 +170,7 @@ impl Apply<'_, '_> {
             // A holding counts when its command was answered: every leased server knows of it then, and
             // has dropped what it kept.
             let is_mine = |(dir, by): (Ino, Holder)| by == holder && !layer.is_closed(dir) && !layer.is_on_the_way(dir);
-            if layer.is_on_the_way(ino) || layer.is_newly_covered(ino) || !is_new && !self.cover_before(ino)?.is_some_and(is_mine) {
+            if (layer.is_on_the_way(ino) || layer.is_newly_covered(ino) || !is_new && !self.cover_before(ino)?.is_some_and(is_mine)) && keeps(Rule::OnlyCoveredIsAhead) {
                 return Ok(false);
             }
         }

@@ -7,7 +7,10 @@
 //! anybody else is refused with [`MetaError::Held`] until the holder has given up the file. Where
 //! several servers use a file at once nobody holds it: they write through.
 
-use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, NodeId};
+use ctfs_types::{
+    FileKind, FileUse, Holder, Incarnation, Ino, NodeId,
+    rules::{Rule, keeps},
+};
 
 use super::{Apply, keys, records::Inode, txn::Outcome};
 use crate::{Change, Member, MetaError, Reply};
@@ -27,7 +30,7 @@ impl Apply<'_, '_> {
             return Ok(());
         }
         match self.txn.peek::<Member>(&keys::member(node))? {
-            Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) => Err(MetaError::StaleIncarnation.into()),
+            Some(member) if incarnation < member.incarnation || (member.fenced && incarnation == member.incarnation) && keeps(Rule::EndedLivesAreRefused) => Err(MetaError::StaleIncarnation.into()),
             Some(_) => Ok(()),
             None if self.txn.peek_raw(&keys::cluster())?.is_some() => Err(MetaError::NoSuchMember.into()),
             None => Ok(()),
@@ -51,7 +54,9 @@ impl Apply<'_, '_> {
         self.put_owned(ino, &mut inode, holder);
         // What the holder writes from here on is told to nobody: kernels must ask again.
         if inode.is_dir() {
-            self.changed(Change::Children { dir: ino });
+            if keeps(Rule::TakingDropsCaches) {
+                self.changed(Change::Children { dir: ino });
+            }
         } else {
             self.changed(Change::Data { ino, offset: 0, len: u64::MAX });
         }

@@ -34,7 +34,10 @@ pub(crate) use self::locks::{WAITERS_MAX, WAITERS_OF_LIFE_MAX};
 
 use std::collections::BTreeMap;
 
-use ctfs_types::{FileKind, FileName, Ino, LogIndex, RequestId, Timestamp};
+use ctfs_types::{
+    FileKind, FileName, Ino, LogIndex, RequestId, Timestamp,
+    rules::{Rule, keeps},
+};
 use serde::{Deserialize, Serialize};
 
 use self::{
@@ -282,14 +285,14 @@ impl Namespace {
             let ino = keys::number_at(key, 1).map(Ino).expect("keys of cuts hold an inode's number");
             moved.push((ino, value.as_ref().map(|value| records::decode(key, value)).transpose()?));
         }
+        if applied.changes.iter().any(|(_, change)| matches!(change, Change::Fenced { incarnation, .. } if self.layer.is_of(*incarnation))) {
+            // None of it happens any more; what stands in this entry behind the end was refused for that.
+            self.drop_ahead();
+        }
         for (command, verdict) in commands.iter().zip(&applied.verdicts) {
             if self.layer.is_next(command.request) && !(self.layer.retire(&batch) & verdict.is_ok()) {
                 applied.diverged.push(command.request);
             }
-        }
-        if applied.changes.iter().any(|(_, change)| matches!(change, Change::Fenced { incarnation, .. } if self.layer.is_of(*incarnation))) {
-            // None of it happens any more.
-            self.drop_ahead();
         }
         for (_, change) in &applied.changes {
             if let Change::Covered { ino } = change {
@@ -318,14 +321,17 @@ fn run(
 ) -> Result<Result<Reply, MetaError>, StoreError> {
     let request = command.request;
     let key = keys::verdict(request.client, request.seq);
-    if let Some(verdict) = txn.get(&key)? {
+    if let Some(verdict) = txn.get(&key)?
+        && keeps(Rule::RequestsHappenOnce)
+    {
         return Ok(verdict);
     }
     let floor: u64 = txn.get(&keys::floor(request.client))?.unwrap_or(0);
-    if floor == keys::ENDED {
+    let is_ended = floor == keys::ENDED;
+    if is_ended && keeps(Rule::EndedLivesAreRefused) {
         return Ok(Err(MetaError::StaleIncarnation));
     }
-    if request.seq <= floor {
+    if request.seq <= floor && !is_ended {
         // A stray copy: its first one was applied, answered and forgotten.
         return Ok(Err(MetaError::Answered));
     }

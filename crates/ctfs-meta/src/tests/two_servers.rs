@@ -483,6 +483,28 @@ fn when_its_life_is_ended_what_a_server_had_ahead_did_not_happen() {
     assert_eq!(world.servers[0].ns.apply_ahead(&mut again, holder).unwrap(), Ahead::NotAlone);
 }
 
+/// A leader that was cut off for a while packs what waits into one entry: the end of a life, and behind it
+/// what that life sent meanwhile. That it is refused there is no divergence.
+#[test]
+fn the_end_of_a_life_and_what_it_sent_too_late_may_share_an_entry() {
+    let mut world = World::new(10);
+    let holder = world.servers[0].holder();
+    let member = crate::Member { node: holder.node, incarnation: holder.incarnation, ..super::harness::member(1) };
+    world.propose(0, Op::Found { cluster: super::harness::identity(), member }).unwrap();
+    world.propose(0, Op::ReserveInos { count: 1000 }).unwrap();
+    world.propose(0, Op::Own { ino: Ino::ROOT, holder, although_shared: false }).unwrap();
+    world.run(0, Op::Make { parent: Ino::ROOT, name: name("f"), node: node(NewContent::File, 0o644) }).unwrap();
+    let (late, _) = world.servers[0].queue.pop_front().unwrap();
+    let fence = Op::Fence { node: holder.node, incarnation: holder.incarnation };
+    let fence = world.servers[1].command(About::Inodes(vec![]), fence, 98);
+    world.log.push((vec![fence, late], None));
+    // Asserts that nothing diverged.
+    world.apply(0, usize::MAX);
+    assert_eq!(world.log.last().unwrap().1, Some(vec![Ok(Reply::Done), Err(MetaError::StaleIncarnation)]));
+    assert_eq!(world.servers[0].ns.lookup(Ino::ROOT, &name("f")).unwrap(), None);
+    assert_eq!(world.servers[0].ns.ahead(), 0);
+}
+
 #[test]
 fn counts_are_right_while_the_log_takes_what_is_ahead_one_by_one() {
     let mut world = World::new(10);

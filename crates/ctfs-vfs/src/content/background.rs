@@ -93,7 +93,7 @@ impl Shared {
     /// Has the tier give way to what else is on its disk.
     async fn keep_reserve(&self) {
         let tier = self.tier.clone();
-        match tokio::task::spawn_blocking(move || tier.keep_reserve()).await {
+        match ctfs_host::blocking(move || tier.keep_reserve()).await {
             Ok(kept) => self.short_of_disk.store(!kept, Relaxed),
             Err(error) => warn!(%error, "looking after the cache tier's disk"),
         }

@@ -1,6 +1,6 @@
 //! Directories: looking up, making, removing, moving and listing names.
 
-use ctfs_meta::{Durability, MetaError, NewContent, NewNode, Op, RenameMode};
+use ctfs_meta::{MetaError, NewContent, NewNode, Op, RenameMode};
 use ctfs_types::{Attr, FileKind, FileName, Ino, Timestamp};
 
 use super::{Vfs, entry};
@@ -230,7 +230,7 @@ impl Vfs {
     pub async fn fsyncdir(&self, dir: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, dir)?;
         let class = self.meta.replica().read().effective_policy(dir)?.durability;
-        let settled = if class <= Durability::Pair && self.meta.durable(class).await? { Ok(()) } else { self.meta.settled().await };
+        let settled = if self.meta.durable(class).await? { Ok(()) } else { self.settled().await };
         self.handles.take_error(handle).map_or(settled, Err)
     }
 }

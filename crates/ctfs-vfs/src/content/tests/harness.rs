@@ -289,6 +289,10 @@ impl Metadata for Access {
         0
     }
 
+    fn journal_counts(&self, _class: Durability) -> bool {
+        false
+    }
+
     async fn durable(&self, _class: Durability) -> Result<bool, FsError> {
         Ok(false)
     }

@@ -261,6 +261,10 @@ impl Metadata for MemoryMeta {
         0
     }
 
+    fn journal_counts(&self, _class: Durability) -> bool {
+        false
+    }
+
     async fn durable(&self, _class: Durability) -> Result<bool, FsError> {
         Ok(false)
     }

@@ -72,6 +72,10 @@ impl Metadata for Line {
         0
     }
 
+    fn journal_counts(&self, _class: Durability) -> bool {
+        false
+    }
+
     async fn durable(&self, _class: Durability) -> Result<bool, FsError> {
         Ok(false)
     }

@@ -1,0 +1,109 @@
+//! The scenarios of the coherence notes, each with the rule that prevents it.
+//!
+//! A scenario is a script that brings a careless version into the trap and says what is wrong; with its
+//! rule taken out it must find something. The rules are those of [`ctfs_types::rules`]. Numbers are those of
+//! the notes; not here are those that the product has no code for yet (3: stores through mappings, 8:
+//! snapshots, 10: copies of the journal, 15: chunks that journals name).
+
+mod ahead;
+mod leases;
+mod lives;
+
+use std::time::Duration;
+
+use ctfs_types::{
+    NodeId,
+    rules::{Rule, break_rule},
+};
+
+use crate::{invariants::holders::Listener, sim::Sim};
+
+/// One scenario.
+pub struct Scenario {
+    /// In the coherence notes.
+    pub number: u32,
+    pub name: &'static str,
+    pub rule: Rule,
+    /// Runs it with a seed; says what is wrong.
+    script: fn(u64) -> Result<(), String>,
+}
+
+/// All of them.
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario { number: 1, name: "two-mkdirs-in-one-directory", rule: Rule::NoticesWaitForNoLock, script: leases::two_mkdirs_in_one_directory },
+    Scenario { number: 2, name: "an-answer-before-all-have-it", rule: Rule::AnswersWaitForLeases, script: leases::an_answer_before_all_have_it },
+    Scenario { number: 2, name: "new-then-old", rule: Rule::ReadsWaitForVisible, script: leases::new_then_old },
+    Scenario { number: 4, name: "the-prefix-breaks", rule: Rule::DirectFollowsStreamed, script: ahead::the_prefix_breaks },
+    Scenario { number: 4, name: "fsync-while-cut-off", rule: Rule::FsyncWaitsForLog, script: ahead::fsync_while_cut_off },
+    Scenario { number: 5, name: "ahead-where-another-holds", rule: Rule::OnlyCoveredIsAhead, script: ahead::ahead_where_another_holds },
+    Scenario { number: 6, name: "recalls-in-a-ring", rule: Rule::WaitingGivesUp, script: ahead::recalls_in_a_ring },
+    Scenario { number: 7, name: "a-grant-forgets-who-cached", rule: Rule::TakingDropsCaches, script: ahead::a_grant_forgets_who_cached },
+    Scenario { number: 9, name: "commands-after-the-end", rule: Rule::EndedLivesAreRefused, script: lives::commands_after_the_end },
+    Scenario { number: 11, name: "the-old-leader-renews", rule: Rule::LeasesHangOnQuorum, script: leases::the_old_leader_renews },
+    Scenario { number: 12, name: "a-request-asked-twice", rule: Rule::RequestsHappenOnce, script: lives::a_request_asked_twice },
+    Scenario { number: 13, name: "a-new-life-with-old-pages", rule: Rule::NewLifeForgets, script: lives::a_new_life_with_old_pages },
+    Scenario { number: 14, name: "two-lock-holders", rule: Rule::LostLocksEndHandles, script: lives::two_lock_holders },
+    Scenario { number: 16, name: "a-wiped-server-votes", rule: Rule::LostLogVotesNot, script: lives::a_wiped_server_votes },
+    Scenario { number: 17, name: "a-suspended-machine", rule: Rule::LeasesCountSuspend, script: leases::a_suspended_machine },
+    Scenario { number: 18, name: "readmission", rule: Rule::ReadmissionCatchesUp, script: leases::readmission },
+    Scenario { number: 19, name: "open-but-unlinked", rule: Rule::OpenInodesStay, script: lives::open_but_unlinked },
+];
+
+impl Scenario {
+    pub fn of(name: &str) -> Option<&'static Self> {
+        SCENARIOS.iter().find(|scenario| scenario.name == name)
+    }
+
+    /// Runs the script, with the rule or without it.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn run(&self, seed: u64, is_broken: bool) -> Result<(), String> {
+        break_rule(is_broken.then_some(self.rule));
+        (self.script)(seed)
+    }
+}
+
+fn node(number: u64) -> NodeId {
+    NodeId(number)
+}
+
+fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+fn millis(count: u64) -> Duration {
+    Duration::from_millis(count)
+}
+
+/// Servers that hold no directories: every change goes through the log.
+fn through_the_log(seed: u64, servers: u64) -> Sim {
+    let mut sim = Sim::with(seed, |_, vfs| vfs.delegations.takes = false);
+    begin(&mut sim, servers);
+    sim
+}
+
+/// Servers that hold directories.
+fn with_holders(seed: u64, servers: u64) -> Sim {
+    let mut sim = Sim::new(seed);
+    begin(&mut sim, servers);
+    sim
+}
+
+fn begin(sim: &mut Sim, servers: u64) {
+    let is_loud = std::env::var_os("CTFS_SIM_TRACE").is_some();
+    sim.shared.trace.lock().is_loud = is_loud;
+    Listener::install(&sim.shared, if is_loud { tracing::Level::DEBUG } else { tracing::Level::ERROR });
+    sim.found(servers);
+}
+
+/// What was noted while the scenario ran.
+fn verdict(sim: &Sim) -> Result<(), String> {
+    let wrong = sim.shared.history.lock().check(true);
+    if wrong.is_empty() { Ok(()) } else { Err(wrong.join("\n")) }
+}
+
+/// `Err` with what is wrong, unless it is as it must be.
+fn claim(holds: bool, otherwise: impl Into<String>) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
+}
