@@ -3,9 +3,9 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::Path,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use crate::support::{Cluster, noise, wait_for, write_synced};
@@ -84,6 +84,25 @@ fn what_was_synced_is_there_after_a_kill_although_it_was_not_flushed() {
             pages.file = OpenOptions::new().read(true).write(true).open(cluster.mnt(1).join(name)).unwrap();
         }
     }
+}
+
+#[test]
+fn times_and_modes_set_after_a_write_was_synced_are_not_undone_by_the_journal() {
+    let cluster = Cluster::start("journal-times", 1);
+    let path = cluster.mnt(1).join("f");
+    let daemon = cluster.daemon(1);
+    let file = File::create(&path).unwrap();
+    file.write_all_at(b"synced", 0).unwrap();
+    file.sync_all().unwrap();
+    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    file.set_modified(then).unwrap();
+    file.set_permissions(fs::Permissions::from_mode(0o4755)).unwrap();
+    file.sync_all().unwrap();
+    daemon.kill();
+    cluster.restart(1);
+    let found = fs::metadata(&path).unwrap();
+    assert_eq!((found.modified().unwrap(), found.mode() & 0o7777), (then, 0o4755));
+    assert_eq!(fs::read(&path).unwrap(), b"synced");
 }
 
 #[test]

@@ -88,6 +88,8 @@ pub(crate) struct Stream {
     pub second: watch::Sender<Second>,
     /// What of it are bytes that are nowhere else.
     pub written: Mutex<Written>,
+    /// What of that is no longer needed once so many commands are done with, in that order.
+    released: Mutex<VecDeque<(u64, Ino, Position)>>,
 }
 
 /// Counts of commands that have happened.
@@ -108,19 +110,20 @@ struct Queued {
 
 impl Stream {
     /// Writes the command down, and queues it for the log.
-    fn push(&self, journal: &Journal, command: Command) {
+    fn push(&self, journal: Option<&Journal>, command: Command) {
         let record = record::of_command(&command);
         // But for some bytes in front these are those that the log takes.
         let bytes = record.len();
         let mut queue = self.queue.lock();
         // Under the lock, or else it could be trimmed before it is queued.
-        let position = match journal.append(record.into()) {
-            Ok(position) => position,
-            Err(error) => {
+        let position = match journal.map(|journal| journal.append(record.into())) {
+            Some(Ok(position)) => position,
+            Some(Err(error)) => {
                 tracing::error!(%error, "what happens here is not written down; from here on nothing does");
                 *self.journal.lock() = None;
                 Position::NONE
             }
+            None => Position::NONE,
         };
         self.bytes.fetch_add(bytes, Relaxed);
         queue.push_back(Queued { at: Instant::now(), command, bytes, position });
@@ -161,10 +164,26 @@ impl Stream {
             self.is_untold.store(true, Relaxed);
         }
         drop(queue);
+        self.advance(finished, lost);
         if finished > 0 {
+            self.release();
             self.trim();
         }
-        self.advance(finished, lost);
+    }
+
+    /// The metadata have what was written down of a file up to there, by a command that has happened here.
+    /// The bytes are needed until that is in the log.
+    pub fn let_go(&self, ino: Ino, upto: Position) {
+        self.released.lock().push_back((*self.happened.borrow(), ino, upto));
+        self.release();
+    }
+
+    fn release(&self) {
+        let (mut released, mut written) = (self.released.lock(), self.written.lock());
+        let done = self.done.borrow().upto;
+        while let Some((_, ino, upto)) = released.pop_front_if(|(happened, ..)| *happened <= done) {
+            written.let_go(ino, upto);
+        }
     }
 
     /// Lets the journal drop what nobody needs any more.
@@ -242,6 +261,9 @@ impl Core {
         let holder = Holder { node: self.me, incarnation: self.incarnation() };
         let mut replica = self.replica.write();
         replica.is_visible(*self.visible.borrow());
+        if replica.left_by(holder.incarnation).unwrap_or(true) {
+            return None;
+        }
         match replica.lock_here(op, holder) {
             // After a pause others may know better.
             Ok(Some(answer)) => return self.leased().then_some(Happened::Answered(answer)),
@@ -272,7 +294,7 @@ impl Core {
             Ok(Ahead::Happened { reply, changes }) => {
                 // Under the replica's lock: the order of the journal and of the log is that in which they
                 // happened.
-                self.stream.push(&journal, command);
+                self.stream.push(Some(&journal), command);
                 // A lease that still holds: nobody else can have changed any of it before it happened.
                 let is_sure = self.leased();
                 drop(replica);
@@ -322,10 +344,11 @@ impl Core {
             let request = RequestId { client: holder.incarnation.0, seq };
             let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), about: About::Ahead, op };
             match replica.settle_ahead(&mut command, holder) {
-                Ok(Ahead::Happened { .. }) => match self.stream.journal.lock().clone() {
-                    Some(journal) => self.stream.push(&journal, command),
-                    None => tracing::error!("a lock is not written down and lost: there is no journal"),
-                },
+                Ok(Ahead::Happened { .. }) => {
+                    // Not in the scrutinee: it would stay locked while the queue is.
+                    let journal = self.stream.journal.lock().clone();
+                    self.stream.push(journal.as_deref(), command);
+                }
                 // The life has ended, and its locks with it.
                 other => {
                     tracing::warn!(?other, "a lock that only this server knew is lost");
@@ -377,10 +400,13 @@ impl Core {
     pub fn end_stream(&self) -> (Vec<Command>, Option<Arc<Journal>>) {
         let mut replica = self.replica.write();
         replica.drop_ahead();
+        // First: nothing more is written down then.
+        let journal = self.stream.journal.lock().take();
         let lost = self.stream.clear();
+        self.stream.released.lock().clear();
         self.stream.written.lock().clear();
         self.stream.second.send_replace(Second::Unknown);
-        (lost, self.stream.journal.lock().take())
+        (lost, journal)
     }
 
     async fn deliver(self: &Arc<Self>, commands: &[Command], bytes: usize) {

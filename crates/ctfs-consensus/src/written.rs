@@ -38,7 +38,7 @@ impl Written {
         positions.push_back(position);
     }
 
-    fn let_go(&mut self, ino: Ino, upto: Position) {
+    pub fn let_go(&mut self, ino: Ino, upto: Position) {
         let Some(positions) = self.of.get_mut(&ino) else { return };
         let before = positions.front().copied();
         while positions.front().is_some_and(|position| *position <= upto) {
@@ -69,8 +69,9 @@ impl Core {
     /// or no room in it. Others must not have the file meanwhile.
     pub fn write_down(&self, bytes: &FileBytes) -> Option<u64> {
         let record = record::of_bytes(bytes);
-        let journal = self.stream.journal.lock().clone().filter(|journal| journal.depth().bytes < BYTES_MAX)?;
+        // Locked first: who ends this life takes the journal before it clears these.
         let mut written = self.stream.written.lock();
+        let journal = self.stream.journal.lock().clone().filter(|journal| journal.depth().bytes < BYTES_MAX)?;
         match journal.append(record.into()) {
             Ok(position) => {
                 written.add(bytes.ino, position);
@@ -85,7 +86,7 @@ impl Core {
 
     /// The metadata have what was written down of a file up to there.
     pub fn let_go(&self, ino: Ino, upto: u64) {
-        self.stream.written.lock().let_go(ino, Position(upto));
+        self.stream.let_go(ino, Position(upto));
         self.stream.trim();
     }
 
@@ -130,7 +131,7 @@ impl Core {
         if !self.leased() {
             self.barrier().await?;
         }
-        if self.stream.is_untold() {
+        if self.stream.is_untold() || self.replica.read().is_ended(self.incarnation()).unwrap_or(true) {
             return Err(ProposeError::LifeEnded);
         }
         let is_same = |now: &Arc<Journal>| Arc::ptr_eq(now, &journal);

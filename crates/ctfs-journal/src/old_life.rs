@@ -66,6 +66,17 @@ impl OldLife {
         }
     }
 
+    /// Puts the journal aside, for a person to look at: the others went on without some of it. Answers where.
+    pub fn set_aside(self) -> Result<PathBuf, JournalError> {
+        let name = self.id.dir_name();
+        let aside = self.root.join(format!("{name}.lost"));
+        self.disk
+            .rename(&self.root.join(&name), &aside)
+            .and_then(|()| self.disk.sync_dir(&self.root))
+            .map_err(|source| JournalError::io("put aside a journal in", &self.root, source))?;
+        Ok(aside)
+    }
+
     /// Removes the journal, whose records are no longer needed. All or nothing.
     pub fn remove(self) -> Result<(), JournalError> {
         remove_whole(&*self.disk, &self.root, &self.id.dir_name())

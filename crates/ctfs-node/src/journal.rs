@@ -70,11 +70,38 @@ impl Journals {
             let root = self.root.clone();
             let old = Arc::new(blocking(move || OldLife::recover(Self::disk(), &root, id)).await?);
             let reader = old.clone();
-            send(id, old.kept_from(), Arc::new(move |from| reader.read(from, PIECE_BYTES)), consensus, vfs).await?;
+            let sent = send(id, old.kept_from(), Arc::new(move |from| reader.read(from, PIECE_BYTES)), consensus, vfs).await?;
             let Ok(old) = Arc::try_unwrap(old) else { unreachable!("its reader ended") };
-            blocking(move || old.remove()).await?;
+            if sent {
+                blocking(move || old.remove()).await?;
+            } else {
+                let aside = blocking(move || old.set_aside()).await?;
+                tracing::error!(journal = %aside.display(), "the others went on without this server; what it had alone is kept there");
+                self.keep_few_aside().await;
+            }
         }
         Ok(())
+    }
+}
+
+/// Journals put aside that stay.
+const ASIDE_MAX: usize = 8;
+
+impl Journals {
+    /// Removes the oldest of the journals that were put aside, if they are many.
+    async fn keep_few_aside(&self) {
+        let root = self.root.clone();
+        let removed = tokio::task::spawn_blocking(move || {
+            let mut aside: Vec<_> = std::fs::read_dir(root)?.flatten().map(|entry| entry.path()).collect();
+            aside.retain(|path| path.extension().is_some_and(|extension| extension == "lost"));
+            // Lives are numbered upwards, and all are of this server.
+            aside.sort();
+            let many = aside.len().saturating_sub(ASIDE_MAX);
+            aside.iter().take(many).try_for_each(std::fs::remove_dir_all)
+        });
+        if let Ok(Err(error)) = removed.await {
+            tracing::warn!(%error, "journals that were put aside cannot be removed");
+        }
     }
 }
 
@@ -82,11 +109,11 @@ impl Journals {
 pub type ReadRecords = Arc<dyn Fn(Position) -> Result<Vec<Record>, JournalError> + Send + Sync>;
 
 /// Sends what the life `id` left in a journal: first all commands, then the bytes of files that the
-/// metadata do not have yet.
+/// metadata do not have yet. Answers whether all of it has happened, now or before.
 ///
 /// # Errors
 /// All may be sent again.
-pub async fn send(id: JournalId, kept_from: Position, read: ReadRecords, consensus: &Consensus, vfs: &Vfs) -> Result<(), ReplayError> {
+pub async fn send(id: JournalId, kept_from: Position, read: ReadRecords, consensus: &Consensus, vfs: &Vfs) -> Result<bool, ReplayError> {
     let (mut next, mut left) = (kept_from, Vec::new());
     let (mut happened, mut lost) = (0, 0);
     loop {
@@ -109,9 +136,10 @@ pub async fn send(id: JournalId, kept_from: Position, read: ReadRecords, consens
         // What it says of its journal is in the log, and must be here.
         consensus.barrier().await?;
         let successor = InTheNameOf { consensus: consensus.clone(), life: id.incarnation };
-        vfs.write_left(Holder { node: id.node, incarnation: id.incarnation }, left, &successor).await?;
+        let done = vfs.write_left(Holder { node: id.node, incarnation: id.incarnation }, left, &successor).await?;
+        lost += done.lost.len() as u64;
     }
-    Ok(())
+    Ok(lost == 0)
 }
 
 async fn blocking<T: Send + 'static>(step: impl FnOnce() -> Result<T, JournalError> + Send + 'static) -> Result<T, JournalError> {

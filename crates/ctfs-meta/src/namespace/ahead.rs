@@ -116,7 +116,9 @@ impl Layer {
             if self.records.get(&key).is_some_and(|written| written.by == done.number)
                 && let Some(written) = self.records.remove(&key)
             {
-                same &= batch.get(&key).is_some_and(|value| *value == written.value);
+                // What is noted of the journal is counted by the life, and commands on the way count, too.
+                let is_note = key.first() == Some(&keys::NOTED);
+                same &= is_note || batch.get(&key).is_some_and(|value| *value == written.value);
             }
         }
         for (key, difference) in done.added {

@@ -50,7 +50,7 @@ impl Apply<'_, '_> {
         // Decide: every cell, before the first is changed.
         let mut inode = self.file(ino)?;
         self.may_change(ino, &inode)?;
-        if let Some(noted) = noted {
+        if let Some(noted) = noted.filter(|_| self.is_left) {
             self.may_note(ino, noted)?;
         }
         if appends_at.is_some_and(|size| size != inode.size) {

@@ -116,6 +116,13 @@ impl Apply<'_, '_> {
         let member = self.member(node)?;
         self.txn.delete(keys::member(node));
         self.txn.put(keys::removed_key(&member.key), &self.at);
+        let (from, to) = keys::under(keys::MEMBER, &[]);
+        for (key, value) in self.txn.scan(&from, &to, usize::MAX)? {
+            let other: Member = records::decode(&key, &value)?;
+            if other.pair == Some(node) {
+                self.put_member(&Member { pair: None, ..other });
+            }
+        }
         self.end_lives(node, |_| true)?;
         self.forget_client(member.incarnation)?;
         self.changed(Change::Members);

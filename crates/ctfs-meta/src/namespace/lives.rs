@@ -121,7 +121,8 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
-    /// Refuses a write whose journalled bytes are in the file, maybe under newer ones.
+    /// Refuses a write whose journalled bytes are in the file, maybe under newer ones. Only of what others send
+    /// of a life: itself it goes forward.
     pub(super) fn may_note(&mut self, ino: Ino, noted: Noted) -> Outcome<()> {
         let client = self.request.client;
         let (_, to) = keys::under(keys::NOTED, &[client]);

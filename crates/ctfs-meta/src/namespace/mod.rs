@@ -338,7 +338,10 @@ fn run(
     let before = counters.clone();
     let mut apply = Apply { txn, counters, request, at: command.at, freed_max, is_left: matches!(command.about, About::Left { .. }), counted: BTreeMap::new() };
     let outcome = apply.life_may(command).and_then(|()| apply.dispatch(&command.op)).and_then(|reply| {
-        apply.keep_quotas(&command.op)?;
+        // What was acknowledged from the journal is not refused for a limit that was set later.
+        if !apply.is_left && !matches!(command.op, Op::Write { noted: Some(_), .. }) {
+            apply.keep_quotas(&command.op)?;
+        }
         // Also when it removed the last directory that is held.
         if before.delegated > 0 {
             apply.may_touch(command)?;

@@ -122,6 +122,8 @@ impl Shared {
             self.committed(inode, &attr, write.pending);
         }
         inode.entry.abandon_flush();
+        // What was noted as being in the metadata may be dirty again.
+        inode.local.lock().unnoted.insert(0..u64::MAX);
         self.forget_doubt(inode, turn);
         Ok(())
     }

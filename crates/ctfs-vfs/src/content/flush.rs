@@ -117,6 +117,10 @@ impl Shared {
     /// What becomes dirty meanwhile is left for the next one, so a busy writer cannot keep it going.
     pub(super) async fn flush_locked(&self, inode: &Arc<Inode>, turn: &mut Turn, cut: Cut) -> Result<(), FsError> {
         match self.flush_placed(inode, turn, cut, Growth::Free).await {
+            // What is in the journal is let through, with all that is noted of it.
+            Err(refusal) if refusal.is_over_quota() && cut != Cut::Everything && inode.local.lock().noted_upto > 0 => {
+                self.flush_placed(inode, turn, Cut::Everything, Growth::Free).await
+            }
             Err(refusal) if refusal.is_over_quota() => self.flush_over_quota(inode, turn, cut, refusal).await,
             flushed => flushed,
         }
@@ -201,6 +205,9 @@ impl Shared {
         if flushed.is_ok() {
             // What was flushed is missing in no journal, and must not be looked at each time.
             local.unnoted = unflushed_of(&inode.entry.view(), &local.unnoted);
+        } else if turn.is_none() {
+            // It may have been noted as being in the metadata: the next fsync has it all in the journal once more.
+            local.unnoted.insert(0..u64::MAX);
         }
         if !self.rest_if_clean(inode, &mut local) && flushed.is_ok() {
             local.since = Some(Instant::now());

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use ctfs_meta::{CellWrite, MetaError, Noted, Op, Reply};
 use ctfs_types::{CellIndex, CellSize, Extent, ExtentData, FileBytes, FileKind, FileUse, Holder, Ino, Stamp, Timestamp, limits::INLINE_BYTES_MAX};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{Content, Shared, attr_of, extent_of, flush::trim};
 use crate::FsError;
@@ -93,7 +93,7 @@ impl Content {
                 files.entry(bytes.ino).or_default().push((position, bytes));
             }
         }
-        let mut done = LeftBytes::default();
+        let (mut done, mut failed) = (LeftBytes::default(), None);
         for (ino, records) in files {
             match shared.write_left_file(life, ino, records, successor).await {
                 Ok(()) => done.written.push(ino),
@@ -103,8 +103,15 @@ impl Content {
                     warn!(%ino, life = life.incarnation.0, %why, "bytes of a life that has ended are lost: others have the file");
                     done.lost.push(ino);
                 }
-                Err(error) => return Err(error),
+                // The others first: one file must not hold up all.
+                Err(error) => {
+                    warn!(%ino, life = life.incarnation.0, %error, "bytes of a life that has ended are not written yet");
+                    failed = failed.or(Some(error));
+                }
             }
+        }
+        if let Some(error) = failed {
+            return Err(error);
         }
         info!(life = life.incarnation.0, node = %life.node, written = done.written.len(), lost = done.lost.len(), "bytes that a life left were written");
         Ok(done)
@@ -173,7 +180,12 @@ impl Shared {
                 match data {
                     ExtentData::Inline(inline) => bytes.extend_from_slice(&inline),
                     // It may be longer than what the extent has of it.
-                    ExtentData::Chunk { id, len } => bytes.extend_from_slice(&self.chunks.get(id, len).await?[..len as usize]),
+                    ExtentData::Chunk { id, len } => match self.chunks.get(id, len).await {
+                        Ok(chunk) => bytes.extend_from_slice(&chunk[..len as usize]),
+                        // What is around them is gone, also for readers; these bytes are not.
+                        Err(FsError::ChunkLost { chunk }) => error!(%ino, cell, %chunk, "what is left of a life goes over a lost chunk"),
+                        Err(error) => return Err(error),
+                    },
                 }
                 (stamp, bytes)
             }

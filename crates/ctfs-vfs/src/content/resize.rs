@@ -60,7 +60,8 @@ impl Shared {
             self.commit_drops_in_turn(&inode, &mut turn).await?;
         }
         let (size, times) = (set.size, set.mtime.is_some());
-        if size.is_some() {
+        // What the journal says of a file comes after its commands when it is sent: nothing of it may undo this.
+        if size.is_some() || times || set.mode.is_some() || set.uid.is_some() || set.gid.is_some() {
             self.flush_written_down(&inode, &mut turn).await?;
         }
         let cut = size.map(|_| CutMark::set(self, &inode)).transpose()?;
@@ -97,6 +98,7 @@ impl Shared {
             self.settle(ino, Pages::Unlocked).await?;
             let inode = self.inode(ino)?;
             let mut turn = inode.flushing.lock().await;
+            self.flush_written_down(&inode, &mut turn).await?;
             match self.commit_drops_in_turn(&inode, &mut turn).await {
                 Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => {}
                 decided => return decided,

@@ -122,6 +122,10 @@ impl Shared {
 
     /// Whether bytes may be buffered at this moment; `None` when the file must be taken first.
     pub(super) fn write_mode(&self, inode: &Inode) -> Result<Option<WriteMode>, FsError> {
+        if self.meta.replica().read().left_by(self.meta.incarnation())? {
+            // What this life holds is its successor's: it writes nothing more.
+            return Ok(None);
+        }
         match self.usage(inode.ino)? {
             FileUse::Owned { holder, .. } if holder == self.meta.holder() && !inode.local.lock().holding_is_in_doubt => {
                 Ok(Some(WriteMode::Buffer))
@@ -406,6 +410,13 @@ pub(crate) fn is_over(since: Timestamp, shared_for: Duration) -> bool {
 
 /// See [`Shared::held_elsewhere`].
 pub(super) fn held_elsewhere(ns: &Namespace, attr: &Attr, me: Holder) -> Result<Option<(Ino, Holder)>, FsError> {
+    if ns.left_by(me.incarnation)? {
+        // What this life had is not all there yet, whoever looks.
+        let own = matches!(attr.usage, FileUse::Owned { holder, .. } if holder == me).then_some((attr.ino, me));
+        if let Some(held) = own.or(ns.cover(attr.ino)?.filter(|(_, holder)| *holder == me)) {
+            return Ok(Some(held));
+        }
+    }
     Ok(match attr.usage.held_from(me) {
         Some(holder) => Some((attr.ino, holder)),
         None => ns.cover(attr.ino)?.filter(|(_, holder)| *holder != me),
