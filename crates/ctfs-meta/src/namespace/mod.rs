@@ -333,7 +333,15 @@ fn run(
     }
     let before = counters.clone();
     let mut apply = Apply { txn, counters, request, at: command.at, freed_max, counted: BTreeMap::new() };
-    let outcome = apply.dispatch(&command.op).and_then(|reply| {
+    let outcome = match apply.dispatch(&command.op) {
+        // What it is refused for may be what the holder has changed ahead of the log.
+        Err(Fail::Verdict(verdict)) if before.delegated > 0 => match apply.may_touch(command) {
+            Ok(()) => Err(Fail::Verdict(verdict)),
+            held => held.map(|()| Reply::Done),
+        },
+        outcome => outcome,
+    };
+    let outcome = outcome.and_then(|reply| {
         apply.keep_quotas(&command.op)?;
         // Also when it removed the last directory that is held.
         if before.delegated > 0 {
