@@ -40,44 +40,40 @@ impl Server {
     /// As [`ctfs_vfs::Vfs::create`].
     pub async fn make(&self, dir: Ino, name: &str, mode: u16) -> Result<Attr, FsError> {
         let _locked = self.kernel.lock_directory(dir).await;
+        let _changing = self.kernel.changes_name(dir, name.as_bytes());
         let made = self.vfs.create(Caller::ROOT, dir, name.as_bytes(), u32::from(mode), 0, libc::O_RDWR | libc::O_EXCL).await;
-        let made = match made {
+        match made {
             Ok((attr, opened)) => {
                 let _ = self.vfs.flush(attr.ino, opened.handle, 0).await;
                 self.vfs.release(opened.handle).await;
                 Ok(attr)
             }
             Err(error) => Err(error),
-        };
-        self.kernel.changed_here(dir, name.as_bytes());
-        made
+        }
     }
 
     /// # Errors
     /// As [`ctfs_vfs::Vfs::mkdir`].
     pub async fn make_dir(&self, dir: Ino, name: &str) -> Result<Ino, FsError> {
         let _locked = self.kernel.lock_directory(dir).await;
-        let made = self.vfs.mkdir(Caller::ROOT, dir, name.as_bytes(), 0o755, 0).await.map(|attr| attr.ino);
-        self.kernel.changed_here(dir, name.as_bytes());
-        made
+        let _changing = self.kernel.changes_name(dir, name.as_bytes());
+        self.vfs.mkdir(Caller::ROOT, dir, name.as_bytes(), 0o755, 0).await.map(|attr| attr.ino)
     }
 
     /// # Errors
     /// As [`ctfs_vfs::Vfs::unlink`].
     pub async fn remove(&self, dir: Ino, name: &str) -> Result<(), FsError> {
         let _locked = self.kernel.lock_directory(dir).await;
-        let removed = self.vfs.unlink(dir, name.as_bytes()).await;
-        self.kernel.changed_here(dir, name.as_bytes());
-        removed
+        let _changing = self.kernel.changes_name(dir, name.as_bytes());
+        self.vfs.unlink(dir, name.as_bytes()).await
     }
 
     /// # Errors
     /// As [`ctfs_vfs::Vfs::setattr`].
     pub async fn set_mode(&self, ino: Ino, mode: u16) -> Result<(), FsError> {
         let request = SetAttrRequest { mode: Some(u32::from(mode)), ..SetAttrRequest::default() };
-        let set = self.vfs.setattr(Caller::ROOT, ino, request).await.map(drop);
-        self.kernel.attributes_changed_here(ino);
-        set
+        let _changing = self.kernel.changes_inode(ino);
+        self.vfs.setattr(Caller::ROOT, ino, request).await.map(drop)
     }
 
     /// Reads all of a file as a program would that opens it now.
@@ -116,9 +112,10 @@ impl Server {
     /// As [`Self::write`].
     pub async fn write_with(&self, ino: Ino, handle: HandleId, offset: u64, bytes: Vec<u8>, sync: bool) -> Result<(), FsError> {
         let len = bytes.len() as u32;
-        let written = self.vfs.write(Caller::ROOT, ino, handle, offset, bytes.into(), false, false).await;
-        self.kernel.attributes_changed_here(ino);
-        let written = written?;
+        let written = {
+            let _changing = self.kernel.changes_inode(ino);
+            self.vfs.write(Caller::ROOT, ino, handle, offset, bytes.into(), false, false).await?
+        };
         if written != len {
             return Err(FsError::CacheFull);
         }
@@ -139,10 +136,8 @@ pub async fn ask_names(server: &Arc<Server>, object: u64, pair: NamePair, action
         Action::Remove { name } => server.remove(pair[name].0, pair[name].1).await.map(|()| Answer::Done),
         Action::Rename { from, to } => {
             let ((from, name), (to, new_name)) = (pair[from], pair[to]);
-            let renamed = server.vfs.rename(from, name.as_bytes(), to, new_name.as_bytes(), 0).await;
-            server.kernel.changed_here(from, name.as_bytes());
-            server.kernel.changed_here(to, new_name.as_bytes());
-            renamed.map(|()| Answer::Done)
+            let _changing = [server.kernel.changes_name(from, name.as_bytes()), server.kernel.changes_name(to, new_name.as_bytes())];
+            server.vfs.rename(from, name.as_bytes(), to, new_name.as_bytes(), 0).await.map(|()| Answer::Done)
         }
         Action::Look { name } => {
             let found = server.kernel.lookup(pair[name].0, pair[name].1.as_bytes()).await;

@@ -336,10 +336,19 @@ fn run(
         return Ok(Err(MetaError::Answered));
     }
     let before = counters.clone();
-    let mut apply = Apply { txn, counters, request, at: command.at, freed_max, is_left: matches!(command.about, About::Left { .. }), counted: BTreeMap::new() };
-    let outcome = apply.life_may(command).and_then(|()| apply.dispatch(&command.op)).and_then(|reply| {
+    let is_left = matches!(command.about, About::Left { .. });
+    let mut apply = Apply { txn, counters, request, at: command.at, freed_max, is_left, counted: BTreeMap::new() };
+    let outcome = apply.life_may(command).and_then(|()| match apply.dispatch(&command.op) {
+        // What it is refused for may be what the holder has changed ahead of the log.
+        Err(Fail::Verdict(verdict)) if before.delegated > 0 => match apply.may_touch(command) {
+            Ok(()) => Err(Fail::Verdict(verdict)),
+            held => held.map(|()| Reply::Done),
+        },
+        outcome => outcome,
+    });
+    let outcome = outcome.and_then(|reply| {
         // What was acknowledged from the journal is not refused for a limit that was set later.
-        if !apply.is_left && !matches!(command.op, Op::Write { noted: Some(_), .. }) {
+        if !is_left && !matches!(command.op, Op::Write { noted: Some(_), .. }) {
             apply.keep_quotas(&command.op)?;
         }
         // Also when it removed the last directory that is held.
@@ -359,7 +368,6 @@ fn run(
         Err(Fail::Store(error)) => return Err(error),
     };
     // What is sent in the name of a life that has ended may have any number, and that life's own come again.
-    let is_left = matches!(command.about, About::Left { .. });
     let forget = if is_left { 0 } else { command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1)) };
     if forget > floor {
         if forget - floor <= FORGOTTEN_ONE_BY_ONE {

@@ -376,7 +376,7 @@ fn histories_of_two_servers_have_enough_ahead_and_recalled_to_mean_something() {
         settled += world.settled;
     }
     assert!(locked > 20 && settled > 10, "{locked} locks here alone, {settled} told later");
-    assert!(happened > 200 && recalled > 200, "{happened} ahead, {recalled} recalled");
+    assert!(happened > 100 && recalled > 200, "{happened} ahead, {recalled} recalled");
     println!("{refused} were about more than their server knew");
 }
 
@@ -481,6 +481,26 @@ fn when_its_life_is_ended_what_a_server_had_ahead_did_not_happen() {
     let again = world.servers[0].command(About::Ahead, Op::Unlink { parent: Ino::ROOT, name: name("f") }, 99);
     let mut again = again;
     assert_eq!(world.servers[0].ns.apply_ahead(&mut again, holder).unwrap(), Ahead::NotAlone);
+}
+
+/// Found by `ctfs-sim --seed 20004`: a file was made in a held directory, and an `unlink` of another server
+/// was told that there is none, because the log did not have it yet.
+#[test]
+fn what_the_holder_may_have_changed_is_no_reason_to_refuse_another_server() {
+    let mut world = World::new(13);
+    let holder = world.servers[0].holder();
+    world.propose(0, Op::ReserveInos { count: 1000 }).unwrap();
+    let Reply::Entry { attr: dir, .. } = world.propose(0, Op::Make { parent: Ino::ROOT, name: name("d"), node: node(NewContent::Directory, 0o755) }).unwrap() else {
+        panic!("a directory")
+    };
+    world.propose(0, Op::Own { ino: dir.ino, holder, although_shared: false }).unwrap();
+    world.run(0, Op::Make { parent: dir.ino, name: name("f"), node: node(NewContent::File, 0o644) }).unwrap();
+    let unlink = || Op::Unlink { parent: dir.ino, name: name("f") };
+    assert_eq!(world.propose(1, unlink()), Err(MetaError::Held { ino: dir.ino, holder }));
+    world.send(0, usize::MAX);
+    world.give_up(0, dir.ino);
+    world.propose(1, unlink()).unwrap();
+    assert!(matches!(world.propose(1, unlink()), Err(MetaError::NoSuchEntry { .. })));
 }
 
 /// A leader that was cut off for a while packs what waits into one entry: the end of a life, and behind it

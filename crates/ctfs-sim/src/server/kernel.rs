@@ -56,6 +56,8 @@ struct Notice {
 struct Kept {
     /// Counts drops: a reply that was on its way during one is not kept.
     drops: u64,
+    /// What requests of this kernel change at this moment: nothing of it is kept.
+    changing: BTreeMap<Subject, u32>,
     /// Pages have no timeout: they stay until a notice, or an open that does not keep them.
     pages: BTreeMap<Ino, Bytes>,
     names: BTreeMap<(Ino, Vec<u8>), (Option<Attr>, Instant)>,
@@ -76,6 +78,22 @@ impl Kept {
             Change::Attr { ino } | Change::Orphaned { ino } => self.drop_attributes(*ino),
             _ => {}
         }
+    }
+
+    fn drop_subject(&mut self, subject: &Subject) {
+        self.drops += 1;
+        match subject {
+            Subject::Name(parent, name) => {
+                self.names.remove(&(*parent, name.clone()));
+                self.attrs.remove(parent);
+            }
+            Subject::Inode(ino) => self.drop_inode(*ino),
+        }
+    }
+
+    /// Whether a request changes the inode at this moment.
+    fn changes(&self, ino: Ino) -> bool {
+        self.changing.contains_key(&Subject::Inode(ino))
     }
 
     fn drop_inode(&mut self, ino: Ino) {
@@ -206,7 +224,8 @@ impl Kernel {
         };
         let until = Instant::now() + vfs.cache_timeout();
         let mut kept = self.kept.lock();
-        if kept.drops == drops {
+        let is_changing = kept.changing.contains_key(&Subject::Name(key.0, key.1.clone())) || found.as_ref().is_some_and(|attr| kept.changes(attr.ino));
+        if kept.drops == drops && !is_changing {
             kept.names.insert(key, (found.clone(), until));
             if let Some(attr) = found.as_ref().filter(|attr| vfs.may_cache(attr)) {
                 kept.attrs.insert(attr.ino, (attr.clone(), until));
@@ -233,7 +252,7 @@ impl Kernel {
         let attr = vfs.getattr(ino).await?;
         let until = Instant::now() + vfs.cache_timeout();
         let mut kept = self.kept.lock();
-        if kept.drops == drops && vfs.may_cache(&attr) {
+        if kept.drops == drops && !kept.changes(ino) && vfs.may_cache(&attr) {
             kept.attrs.insert(ino, (attr.clone(), until));
         }
         Ok(attr)
@@ -257,25 +276,61 @@ impl Kernel {
         let vfs = self.vfs().ok_or(FsError::Shutdown)?;
         let bytes = vfs.read_file(ino, opened.handle, 0, len).await?;
         let mut kept = self.kept.lock();
-        if kept.drops == drops && !vfs.is_direct(ino, opened.handle) {
+        if kept.drops == drops && !kept.changes(ino) && !vfs.is_direct(ino, opened.handle) {
             kept.pages.insert(ino, bytes.clone());
         }
         Ok(bytes)
     }
 
-    /// A request of this kernel changed a name: it knows.
-    pub fn changed_here(&self, parent: Ino, name: &[u8]) {
-        let mut kept = self.kept.lock();
-        kept.drops += 1;
-        kept.names.remove(&(parent, name.to_vec()));
-        kept.attrs.remove(&parent);
+    /// A request of this kernel is about to change a name: the kernel keeps nothing of it until the guard
+    /// is dropped.
+    ///
+    /// Kinder than Linux, which answers from a negative dentry, or from attributes it has, until the request
+    /// is answered; another server may show the change a moment before that.
+    #[must_use = "the change is over when it is dropped"]
+    pub fn changes_name(self: &Arc<Self>, parent: Ino, name: &[u8]) -> Changing {
+        Changing::begin(self, Subject::Name(parent, name.to_vec()))
     }
 
-    /// The same of attributes.
-    pub fn attributes_changed_here(&self, ino: Ino) {
-        let mut kept = self.kept.lock();
-        kept.drops += 1;
-        kept.drop_inode(ino);
+    /// The same of attributes and pages.
+    #[must_use = "the change is over when it is dropped"]
+    pub fn changes_inode(self: &Arc<Self>, ino: Ino) -> Changing {
+        Changing::begin(self, Subject::Inode(ino))
+    }
+}
+
+/// What a request of the kernel changes.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Subject {
+    Name(Ino, Vec<u8>),
+    Inode(Ino),
+}
+
+/// A request of the kernel that changes something, under way.
+pub struct Changing {
+    kernel: Arc<Kernel>,
+    subject: Subject,
+}
+
+impl Changing {
+    fn begin(kernel: &Arc<Kernel>, subject: Subject) -> Self {
+        let mut kept = kernel.kept.lock();
+        kept.drop_subject(&subject);
+        *kept.changing.entry(subject.clone()).or_default() += 1;
+        Self { kernel: kernel.clone(), subject }
+    }
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        let mut kept = self.kernel.kept.lock();
+        kept.drop_subject(&self.subject);
+        let others = kept.changing.get(&self.subject).map_or(0, |count| count - 1);
+        if others > 0 {
+            kept.changing.insert(self.subject.clone(), others);
+        } else {
+            kept.changing.remove(&self.subject);
+        }
     }
 }
 
