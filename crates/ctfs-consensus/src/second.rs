@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use ctfs_journal::Position;
+use ctfs_journal::{JournalId, Position};
 use ctfs_meta::Durability;
 
 /// Who has the journal besides this server.
@@ -21,6 +21,9 @@ pub enum Second {
 /// A copy of this life's journal on another server.
 #[async_trait]
 pub trait JournalCopy: Send + Sync + 'static {
+    /// Whose copy it is: positions of another life mean something else.
+    fn id(&self) -> JournalId;
+
     /// Returns when the copy has everything up to there on its disk; `false`: it will not.
     async fn durable_at(&self, position: Position) -> bool;
 }

@@ -116,7 +116,7 @@ impl Core {
         let here = async { journal.durable(upto).await.is_ok() };
         let there = async {
             match (class, &second) {
-                (Durability::Pair, Second::Copy(copy)) => copy.durable_at(upto).await,
+                (Durability::Pair, Second::Copy(copy)) => copy.id() == journal.id() && copy.durable_at(upto).await,
                 _ => true,
             }
         };

@@ -96,12 +96,17 @@ pub async fn accept(copies: &Copies, from: NodeId, header: &[u8], batch: Bytes) 
 
 /// The copy of this life's journal on one other server.
 struct Copy {
+    id: JournalId,
     node: NodeId,
     stream: Stream,
 }
 
 #[async_trait]
 impl JournalCopy for Copy {
+    fn id(&self) -> JournalId {
+        self.id
+    }
+
     async fn durable_at(&self, position: Position) -> bool {
         self.stream.durable_at(position).await.is_ok()
     }
@@ -110,7 +115,7 @@ impl JournalCopy for Copy {
 impl Copy {
     fn start(node: &Node, journal: Arc<Journal>, to: NodeId) -> Arc<Self> {
         let transport = Arc::new(ToPeer { network: node.network.clone(), to });
-        Arc::new(Self { node: to, stream: Stream::start(journal, transport, StreamSettings::default()) })
+        Arc::new(Self { id: journal.id(), node: to, stream: Stream::start(journal, transport, StreamSettings::default()) })
     }
 }
 
