@@ -19,14 +19,14 @@ fn ahead(settings: &mut Settings) {
 }
 
 /// Three servers, of which the first holds the root directory.
-struct Holding {
-    cluster: Cluster,
-    server: Consensus,
-    _journal: TempDir,
+pub(super) struct Holding {
+    pub cluster: Cluster,
+    pub server: Consensus,
+    pub _journal: TempDir,
 }
 
 impl Holding {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         let cluster = Cluster::of(3, ahead).await;
         let server = cluster.get(node(1));
         let dir = TempDir::new().unwrap();
@@ -39,7 +39,7 @@ impl Holding {
     }
 }
 
-fn mkdir(name: &str) -> Op {
+pub(super) fn mkdir(name: &str) -> Op {
     let node = NewNode { content: NewContent::Directory, mode: 0o755, umask: 0, uid: 0, gid: 0, exclusive: true, holder: None, ino: None, cell: None };
     Op::Make { parent: Ino::ROOT, name: file_name(name), node }
 }

@@ -1,6 +1,7 @@
 //! Claims about several servers at work together.
 
 mod ahead;
+mod journalled;
 mod cluster;
 mod health;
 
