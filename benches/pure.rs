@@ -7,8 +7,8 @@
 use std::hint::black_box;
 
 use ctfs_chunk::{Placement, Server, tier::RangeSet, wire};
-use ctfs_meta::{Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Reply, SetAttr};
-use ctfs_types::{ChunkId, ExtentData, FileName, Ino, LogIndex, NodeId, RequestId, Timestamp, codec, limits::CHUNK_BYTES_MAX};
+use ctfs_meta::{About, Batch, CellWrite, Command, MemoryStore, Namespace, NewContent, NewNode, Op, Reply, SetAttr};
+use ctfs_types::{ChunkId, ExtentData, FileName, Ino, NodeId, RequestId, Stamp, Timestamp, codec, limits::CHUNK_BYTES_MAX};
 use divan::{
     Bencher,
     counter::{BytesCount, ItemsCount},
@@ -41,7 +41,7 @@ impl Volume {
     fn command(&mut self, op: impl FnOnce(u64) -> Op) -> Command {
         self.seq += 1;
         let seq = self.seq;
-        Command { request: RequestId { client: 7, seq }, answered: seq - 1, at: Timestamp::new(seq as i64, 0), op: op(seq) }
+        Command { request: RequestId { client: 7, seq }, answered: seq - 1, at: Timestamp::new(seq as i64, 0), about: About::Inodes(Vec::new()), op: op(seq) }
     }
 
     /// Applies one entry of the log and returns its last reply.
@@ -63,15 +63,33 @@ impl Volume {
 
 fn make_op(seq: u64) -> Op {
     let name = FileName::new(format!("file-{seq}").as_bytes()).expect("a valid name");
-    let node = NewNode { content: NewContent::File, mode: 0o644, umask: 0o022, uid: 1000, gid: 1000, exclusive: true };
+    let node = NewNode {
+        content: NewContent::File,
+        mode: 0o644,
+        umask: 0o022,
+        uid: 1000,
+        gid: 1000,
+        exclusive: true,
+        holder: None,
+        ino: None,
+        cell: None,
+    };
     Op::Make { parent: Ino::ROOT, name, node }
 }
 
 /// One cell of a file becomes a chunk, over what the stamp names.
-fn write_op(seq: u64, ino: Ino, expect: LogIndex) -> Op {
+fn write_op(seq: u64, ino: Ino, expect: Stamp) -> Op {
     let data = Some(ExtentData::Chunk { id: chunk(seq), len: MIB as u32 });
     let cells = vec![CellWrite { cell: 0, expect, start: 0, data, copies: 0 }];
-    Op::Write { ino, cells, size_at_least: MIB as u64, mtime: Some(Timestamp::new(seq as i64, 0)), drop_privileges: false }
+    Op::Write {
+        ino,
+        cells,
+        size_at_least: MIB as u64,
+        mtime: Some(Timestamp::new(seq as i64, 0)),
+        drop_privileges: false,
+        appends_at: None,
+        noted: None,
+    }
 }
 
 fn chunk(number: u64) -> ChunkId {
@@ -117,7 +135,7 @@ mod apply {
     fn write(bencher: Bencher) {
         let mut volume = Volume::with_files(FILES_BEFORE);
         let ino = volume.make(1);
-        let mut stamp = LogIndex(0);
+        let mut stamp = Stamp(0);
         bencher.bench_local(|| {
             let command = volume.command(|seq| write_op(seq, ino, stamp));
             match volume.apply(&[command]) {
@@ -138,7 +156,7 @@ mod command {
 
     fn samples() -> [Command; 2] {
         let mut volume = Volume::with_files(0);
-        [volume.command(make_op), volume.command(|seq| write_op(seq, Ino(2), LogIndex(0)))]
+        [volume.command(make_op), volume.command(|seq| write_op(seq, Ino(2), Stamp(0)))]
     }
 
     #[divan::bench]

@@ -3,77 +3,23 @@
 //! Everything here looks before anything is created.
 
 use std::{
-    ffi::OsString,
     fs, io,
-    os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
 };
 
+use ctfs_fuse::mountinfo::{self, MountLine};
 use ctfs_node::problem::{Code, Problem};
 
-/// One line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mounted {
-    pub path: PathBuf,
-    pub fstype: String,
-    pub source: String,
-}
-
-impl Mounted {
-    /// Whether a ctfs daemon made it.
-    pub fn is_ctfs(&self) -> bool {
-        self.fstype == "fuse.ctfs" || self.fstype == "fuse" && (self.source == "ctfs" || self.source.starts_with("ctfs:"))
-    }
-}
-
 /// What is mounted on exactly `path`, the topmost.
-pub fn mounted_on(path: &Path) -> Result<Option<Mounted>, Problem> {
-    let table = fs::read("/proc/self/mountinfo").map_err(|error| Problem::io("read /proc/self/mountinfo", &error))?;
-    Ok(parse(&table).into_iter().rev().find(|mounted| mounted.path == path))
-}
-
-fn parse(table: &[u8]) -> Vec<Mounted> {
-    let line = |line: &[u8]| {
-        let mut fields = line.split(|&b| b == b' ');
-        let path = unescape(fields.nth(4)?);
-        // Any number of optional fields, then a lone dash.
-        fields.find(|field| *field == b"-")?;
-        let fstype = String::from_utf8_lossy(fields.next()?).into_owned();
-        let source = String::from_utf8_lossy(&unescape(fields.next()?)).into_owned();
-        Some(Mounted { path: PathBuf::from(OsString::from_vec(path)), fstype, source })
-    };
-    table.split(|&b| b == b'\n').filter_map(line).collect()
-}
-
-/// The kernel writes space, tab, newline and backslash as three octal digits.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, tail)) = rest.split_first() {
-        match (first, tail) {
-            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', tail @ ..]) => {
-                bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
-                rest = tail;
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    bytes
-}
-
-/// Whether `path` is a mount whose daemon is dead: every access answers ENOTCONN.
-pub fn is_dead(path: &Path) -> bool {
-    matches!(rustix::fs::stat(path), Err(rustix::io::Errno::NOTCONN))
+fn mounted_on(path: &Path) -> Result<Option<MountLine>, Problem> {
+    mountinfo::mounted_on(path).map_err(|error| Problem::io("read /proc/self/mountinfo", &error))
 }
 
 /// Takes a dead ctfs mount off `path`, if there is one. Nothing can be lost: nobody serves it.
 ///
 /// Returns whether there was one.
 pub fn detach_dead(path: &Path) -> Result<bool, Problem> {
-    if !is_dead(path) || !mounted_on(path)?.is_some_and(|mounted| mounted.is_ctfs()) {
+    if !mounted_on(path)?.is_some_and(|mounted| mounted.is_ours()) || !mountinfo::is_dead(path) {
         return Ok(false);
     }
     rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)
@@ -105,7 +51,7 @@ fn empty(path: &Path, place: &Path) -> Result<(), Problem> {
     let shown = path.display();
     if let Some(mounted) = mounted_on(place)? {
         return Err(Problem::new(Code::AlreadyMounted, format!("{shown} is a mount point already"))
-            .why(format!("{} of type {} is mounted there", mounted.source, mounted.fstype))
+            .why(format!("{} of type {} is mounted there", mounted.source, mounted.fs_type))
             .try_next("choose another directory")
             .try_next(format!("umount {shown}")));
     }
@@ -156,23 +102,6 @@ pub fn free_bytes(path: &Path) -> Result<u64, Problem> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn mountinfo_is_read_with_escapes_and_any_number_of_optional_fields() {
-        let table = b"22 1 0:21 / / rw,relatime shared:1 master:2 - ext4 /dev/sda1 rw\n\
-                      90 22 0:50 / /srv/my\\040data rw - fuse.ctfs ctfs:brave\\040otter rw,user_id=0\n\
-                      short line\n";
-        let mounts = parse(table);
-        assert_eq!(mounts.len(), 2);
-        assert_eq!(mounts[1].path, Path::new("/srv/my data"));
-        assert_eq!(mounts[1].source, "ctfs:brave otter");
-        assert!(mounts[1].is_ctfs() && !mounts[0].is_ctfs());
-    }
-
-    #[test]
-    fn an_escape_that_is_none_stays_as_it_is() {
-        assert_eq!(unescape(b"a\\134b\\9\\04"), b"a\\b\\9\\04");
-    }
-
     fn code(path: &Path, others: &[&Path]) -> String {
         validate(path, others).unwrap_err().code
     }
@@ -206,7 +135,7 @@ mod tests {
     #[test]
     fn a_living_directory_is_not_a_dead_mount() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(!is_dead(dir.path()));
+        assert!(!mountinfo::is_dead(dir.path()));
         assert!(!detach_dead(dir.path()).unwrap());
         assert!(free_bytes(&dir.path().join("not/yet")).unwrap() > 0);
     }

@@ -120,6 +120,17 @@ fn writing_goes_on_when_the_leader_is_killed_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_killed_server_starts_again_on_the_same_directory_at_once() {
+    let cluster = Cluster::start("again", 1);
+    write_synced(&cluster.mnt(1).join("f"), b"kept").unwrap();
+    // The kernel remembers the root for as long as the lease, and answers from that although nobody serves it.
+    fs::metadata(cluster.mnt(1)).unwrap();
+    cluster.daemon(1).kill();
+    cluster.restart(1);
+    assert_eq!(fs::read(cluster.mnt(1).join("f")).unwrap(), b"kept");
+}
+
+#[test]
 fn all_servers_killed_at_once_recover_by_themselves() {
     let cluster = Cluster::start("kill-all", 3);
     let writer = Writer::start(cluster.mnt(2));

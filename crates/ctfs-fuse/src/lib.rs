@@ -12,7 +12,7 @@ mod bridge;
 mod caches;
 mod convert;
 mod mount;
-mod mountinfo;
+pub mod mountinfo;
 mod notice;
 mod notifier;
 mod runner;

@@ -26,14 +26,13 @@ use tokio::{runtime::Handle, sync::watch};
 use crate::{
     bridge::Bridge,
     caches::Caches,
-    mountinfo::{self, MountLine},
+    mountinfo::{self, FS_TYPE},
     notice::{Abilities, NoticeChannel},
     notifier::Notifier,
     runner::Runner,
 };
 
 const DEVICE: &str = "/dev/fuse";
-const FS_TYPE: &str = "fuse.ctfs";
 const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 /// How long a regular unmount may take: it waits until mapped pages are written back to us.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
@@ -212,7 +211,7 @@ impl Mount {
     /// mount may stand in its place.
     fn clear_away(&self) -> io::Result<()> {
         match mountinfo::mounted_on(&self.path)? {
-            Some(line) if line.fs_type == FS_TYPE && Some(line.minor) == self.connection => {
+            Some(line) if line.is_ours() && Some(line.minor) == self.connection => {
                 let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
                 rustix::mount::unmount(&self.path, flags).map_err(io::Error::from)
             }
@@ -265,12 +264,6 @@ impl Drop for Mount {
     }
 }
 
-/// Whether the server of a mount of ours has died: then it answers ENOTCONN at once, or ECONNABORTED to who
-/// asked while it died. One that lives is in use.
-fn is_dead(path: &Path) -> bool {
-    matches!(rustix::fs::statfs(path), Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED))
-}
-
 /// Checks the mountpoint and answers its absolute path. A dead mount of ours is cleared away.
 fn ready_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
     let unreachable = |error| MountError::Unreachable { path: given.to_owned(), error };
@@ -280,9 +273,9 @@ fn ready_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
         (Some(parent), Some(name)) => fs::canonicalize(parent).map_err(unreachable)?.join(name),
         _ => absolute,
     };
-    if let Some(MountLine { fs_type, .. }) = mountinfo::mounted_on(&path).map_err(unreachable)? {
-        if fs_type != FS_TYPE || !is_dead(&path) {
-            return Err(MountError::AlreadyMounted { path, fs_type });
+    if let Some(found) = mountinfo::mounted_on(&path).map_err(unreachable)? {
+        if !found.is_ours() || !mountinfo::is_dead(&path) {
+            return Err(MountError::AlreadyMounted { path, fs_type: found.fs_type });
         }
         tracing::info!(path = %path.display(), "clearing away the mount of a server that died");
         rustix::mount::unmount(&path, UnmountFlags::DETACH)
@@ -295,8 +288,8 @@ fn ready_mountpoint(given: &Path) -> Result<PathBuf, MountError> {
     }
     // A symlink as mountpoint leads to the directory that is really covered.
     let path = fs::canonicalize(&path).map_err(unreachable)?;
-    if let Some(MountLine { fs_type, .. }) = mountinfo::mounted_on(&path).map_err(unreachable)? {
-        return Err(MountError::AlreadyMounted { path, fs_type });
+    if let Some(found) = mountinfo::mounted_on(&path).map_err(unreachable)? {
+        return Err(MountError::AlreadyMounted { path, fs_type: found.fs_type });
     }
     match fs::read_dir(&path).map_err(unreachable)?.next() {
         None => Ok(path),

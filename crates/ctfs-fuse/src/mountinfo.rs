@@ -5,7 +5,12 @@ use std::{
     fs, io,
     os::unix::ffi::OsStringExt,
     path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
+
+use rustix::io::Errno;
 
 /// One line of proc_pid_mountinfo(5).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +19,36 @@ pub struct MountLine {
     /// Minor device number; for FUSE the number of its connection in `/sys/fs/fuse/connections`.
     pub minor: u32,
     pub fs_type: String,
+    pub source: String,
+}
+
+impl MountLine {
+    /// Whether a daemon of ours made it, alive or dead.
+    pub fn is_ours(&self) -> bool {
+        self.fs_type == FS_TYPE
+    }
+}
+
+/// Type of our mounts in the table: the one that libfuse writes for a program `ctfs`.
+pub(crate) const FS_TYPE: &str = "fuse.ctfs";
+
+/// How long a mount is asked whether somebody serves it.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Whether `path` is a mount whose server has died: then the kernel answers ENOTCONN at once, or ECONNABORTED to
+/// who asked while it died. One that lives is in use; one that does not answer is taken for living.
+///
+/// The size of the file system is asked for, which the kernel does not remember; of the root it still answers the
+/// attributes that the dead server gave.
+pub fn is_dead(path: &Path) -> bool {
+    let (sender, receiver) = mpsc::channel();
+    let path = path.to_owned();
+    let asking = thread::Builder::new().name("statfs".into()).spawn(move || {
+        let answer = rustix::fs::statfs(&path);
+        // Who asked may have given up.
+        let _ = sender.send(matches!(answer, Err(Errno::NOTCONN | Errno::CONNABORTED)));
+    });
+    asking.is_ok() && receiver.recv_timeout(PATIENCE).unwrap_or(false)
 }
 
 /// The topmost mount on exactly `path`, if there is one.
@@ -41,24 +76,21 @@ fn parse_line(line: &[u8]) -> Option<MountLine> {
     let mountpoint = PathBuf::from(OsString::from_vec(unescape(fields.get(4)?)));
     let dash = fields.iter().skip(6).position(|field| field == b"-")? + 6;
     let fs_type = String::from_utf8_lossy(fields.get(dash + 1)?).into_owned();
-    Some(MountLine { mountpoint, minor, fs_type })
+    let source = String::from_utf8_lossy(&unescape(fields.get(dash + 2)?)).into_owned();
+    Some(MountLine { mountpoint, minor, fs_type, source })
 }
 
-/// Space, tab, newline and backslash stand as three octal digits.
+/// The kernel writes space, tab, newline and backslash as three octal digits.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&first, tail)) = rest.split_first() {
-        let octal = (first == b'\\').then(|| tail.get(..3)).flatten().and_then(|digits| {
-            let digits = std::str::from_utf8(digits).ok()?;
-            u8::from_str_radix(digits, 8).ok()
-        });
-        match octal {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[3..];
+        match (first, tail) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', tail @ ..]) => {
+                bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+                rest = tail;
             }
-            None => {
+            _ => {
                 bytes.push(first);
                 rest = tail;
             }
@@ -76,12 +108,18 @@ mod tests {
         let line = b"36 35 0:45 / /mnt/a\\040b rw,noatime shared:1 master:2 - fuse.ctfs ctfs rw,user_id=0";
         let parsed = parse_line(line).unwrap();
         assert_eq!(parsed.mountpoint, Path::new("/mnt/a b"));
-        assert_eq!((parsed.minor, parsed.fs_type.as_str()), (45, "fuse.ctfs"));
+        assert_eq!((parsed.minor, parsed.fs_type.as_str(), parsed.source.as_str()), (45, "fuse.ctfs", "ctfs"));
+        assert!(parsed.is_ours());
+    }
+
+    #[test]
+    fn an_escape_that_is_none_stays_as_it_is() {
+        assert_eq!(unescape(b"a\\134b\\9\\04"), b"a\\b\\9\\04");
     }
 
     #[test]
     fn garbage_is_no_mount() {
-        for line in [&b""[..], b"1 2 3", b"36 35 0:x / /mnt rw - fuse x", b"36 35 0:45 / /mnt rw fuse"] {
+        for line in [&b""[..], b"1 2 3", b"36 35 0:x / /mnt rw - fuse x", b"36 35 0:45 / /mnt rw fuse", b"36 35 0:45 / /mnt rw - fuse"] {
             assert_eq!(parse_line(line), None);
         }
     }
