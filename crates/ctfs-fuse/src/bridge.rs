@@ -26,7 +26,8 @@ use fuser::{
 use crate::{
     caches::{Caches, Permits},
     convert::{BLOCK_BYTES, absent, decode_dev, errno, file_attr, file_type, generation, set_time},
-    notice::Abilities,
+    listings::Usage,
+    notice::{Abilities, NoticeChannel},
     runner::Runner,
     undo::FailedWrites,
 };
@@ -78,6 +79,7 @@ pub struct Bridge {
     pub runner: Runner,
     /// Set by the handshake.
     pub kernel: Arc<Abilities>,
+    pub channel: Arc<NoticeChannel>,
     pub failed: Arc<FailedWrites>,
 }
 
@@ -89,8 +91,15 @@ fn ino(number: INodeNo) -> Ino {
     Ino(number.0)
 }
 
+/// Set in the kernel's number of a directory handle through which it keeps the listing.
+const KEEPS_LISTING: u64 = 1 << 63;
+
 fn handle(number: FileHandle) -> HandleId {
-    HandleId(number.0)
+    HandleId(number.0 & !KEEPS_LISTING)
+}
+
+fn keeps_listing(number: FileHandle) -> bool {
+    number.0 & KEEPS_LISTING != 0
 }
 
 fn fopen_flags(opened: Opened) -> FopenFlags {
@@ -183,6 +192,15 @@ impl Replies {
 /// Whether a timeout `given` a moment ago is too long for what is `left` of the lease.
 fn outlives(given: Duration, left: Duration) -> bool {
     !given.is_zero() && (left.is_zero() || left + LATE_REPLY < given)
+}
+
+/// Before the end of a directory is answered through a handle that keeps the listing.
+fn listing_ends(caches: &Caches, channel: &NoticeChannel, dir: Ino) {
+    if caches.listings.ends(dir)
+        && let Err(error) = channel.forget_pages(dir, 0, 0)
+    {
+        tracing::warn!(%error, "the kernel did not drop a listing; its handle may see it once more");
+    }
 }
 
 impl Bridge {
@@ -485,22 +503,38 @@ impl Filesystem for Bridge {
     }
 
     fn opendir(&self, _request: &Request, number: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        let vfs = self.vfs.clone();
+        let (replies, dir) = (self.replies(), ino(number));
         self.runner.run(async move {
-            match vfs.opendir(ino(number)).await {
-                Ok(handle) => reply.opened(FileHandle(handle.0), FopenFlags::empty()),
-                Err(error) => reply.error(errno(&error)),
-            }
+            let handle = match replies.vfs.opendir(dir).await {
+                Ok(handle) => handle,
+                Err(error) => return reply.error(errno(&error)),
+            };
+            let permits = replies.caches.permits(replies.vfs.cache_timeout(), replies.asked);
+            // Where no name may be kept, no listing may, either.
+            let usage = if permits.entry(dir).is_zero() { Usage::Ask } else { replies.caches.listings.opened(dir, Instant::now()) };
+            let (mark, flags) = match usage {
+                Usage::Ask => (0, FopenFlags::empty()),
+                Usage::Fill => (KEEPS_LISTING, FopenFlags::FOPEN_CACHE_DIR),
+                Usage::Keep => (KEEPS_LISTING, FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE),
+            };
+            reply.opened(FileHandle(handle.0 | mark), flags);
         });
     }
 
-    fn readdir(&self, _request: &Request, number: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let vfs = self.vfs.clone();
+    fn readdir(&self, _request: &Request, number: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let (replies, channel, dir) = (self.replies(), self.channel.clone(), ino(number));
         self.runner.run(async move {
-            let lines = match vfs.readdir(ino(number), offset, LISTED_MAX, false).await {
+            let lines = match replies.vfs.readdir(dir, offset, LISTED_MAX, false).await {
                 Ok(lines) => lines,
                 Err(error) => return reply.error(errno(&error)),
             };
+            if keeps_listing(fh) {
+                if lines.is_empty() {
+                    listing_ends(&replies.caches, &channel, dir);
+                } else {
+                    replies.caches.listings.listed(dir, None);
+                }
+            }
             for line in lines {
                 if reply.add(INodeNo(line.ino.0), line.next, file_type(line.kind), OsStr::from_bytes(&line.name)) {
                     break;
@@ -514,19 +548,25 @@ impl Filesystem for Bridge {
         &self,
         _request: &Request,
         number: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let (replies, dir) = (self.replies(), ino(number));
+        let (replies, channel, dir) = (self.replies(), self.channel.clone(), ino(number));
         self.runner.run(async move {
             let lines = match replies.vfs.readdir(dir, offset, LISTED_WITH_ATTRS_MAX, true).await {
                 Ok(lines) => lines,
                 Err(error) => return reply.error(errno(&error)),
             };
+            if keeps_listing(fh) && lines.is_empty() {
+                listing_ends(&replies.caches, &channel, dir);
+            }
             let timeout = replies.vfs.cache_timeout();
             let permits = replies.caches.permits(timeout, replies.asked);
             let entry = permits.entry(dir);
+            if keeps_listing(fh) && !lines.is_empty() {
+                replies.caches.listings.listed(dir, Some(replies.asked + entry));
+            }
             let mut told = Vec::new();
             for line in lines {
                 let Some(attr) = line.attr else { continue };
@@ -547,9 +587,12 @@ impl Filesystem for Bridge {
         });
     }
 
-    fn releasedir(&self, _request: &Request, _number: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        let vfs = self.vfs.clone();
+    fn releasedir(&self, _request: &Request, number: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        let (vfs, caches) = (self.vfs.clone(), self.caches.clone());
         self.runner.run(async move {
+            if keeps_listing(fh) {
+                caches.listings.closed(ino(number));
+            }
             vfs.releasedir(handle(fh)).await;
             reply.ok();
         });

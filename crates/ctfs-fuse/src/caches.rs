@@ -13,7 +13,7 @@ use std::{
 use ctfs_types::Ino;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
-use crate::undo::KernelSize;
+use crate::{listings::Listings, undo::KernelSize};
 
 /// A directory in which another server changed a name within this time gets no entry timeout. Not
 /// because an answer would be wrong otherwise, but because nobody need be waited for then: what the
@@ -34,6 +34,7 @@ pub struct Caches {
     marks: RwLock<Marks>,
     /// Inodes the kernel knows.
     known: [Mutex<HashMap<Ino, Known>>; SHARDS],
+    pub listings: Listings,
 }
 
 #[derive(Debug, Default)]
@@ -175,6 +176,7 @@ impl Caches {
     }
 
     pub fn mark_everything(&self) {
+        self.listings.all_changed();
         self.marks.write().mark_everything(Instant::now());
     }
 

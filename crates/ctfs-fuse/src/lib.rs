@@ -11,6 +11,7 @@
 mod bridge;
 mod caches;
 mod convert;
+mod listings;
 mod mount;
 pub mod mountinfo;
 mod notice;

@@ -125,11 +125,13 @@ impl Mount {
     ) -> Result<(Notifier, watch::Receiver<bool>), MountError> {
         let caches = Arc::new(Caches::default());
         let kernel = Arc::new(Abilities::default());
+        let channel = Arc::new(NoticeChannel::new(second, kernel.clone(), path.to_owned()));
         let bridge = Bridge {
             vfs: vfs.clone(),
             caches: caches.clone(),
             runner: Runner::new(runtime.clone()),
-            kernel: kernel.clone(),
+            kernel,
+            channel: channel.clone(),
             failed: Arc::default(),
         };
         let mut config = Config::default();
@@ -139,7 +141,6 @@ impl Mount {
         config.clone_fd = false;
         let session = Session::from_fd(bridge, device, SessionACL::All, config).map_err(MountError::Handshake)?;
 
-        let channel = NoticeChannel::new(second, &kernel, path.to_owned());
         let notifier = Notifier::start(vfs.clone(), caches, channel).map_err(MountError::Thread)?;
         vfs.set_kernel(Some(Arc::new(notifier.clone())));
 

@@ -11,7 +11,10 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use ctfs_types::{FileName, Ino};
@@ -39,22 +42,21 @@ pub struct Abilities {
 #[derive(Debug)]
 pub struct NoticeChannel {
     device: File,
-    can_expire: bool,
-    can_sweep: bool,
+    kernel: Arc<Abilities>,
     mountpoint: PathBuf,
 }
 
 impl NoticeChannel {
-    pub fn new(device: OwnedFd, kernel: &Abilities, mountpoint: PathBuf) -> Self {
-        let (can_expire, can_sweep) = (kernel.expire.load(Relaxed), kernel.epoch.load(Relaxed));
-        Self { device: File::from(device), can_expire, can_sweep, mountpoint }
+    /// `kernel` may be filled in by the handshake later.
+    pub fn new(device: OwnedFd, kernel: Arc<Abilities>, mountpoint: PathBuf) -> Self {
+        Self { device: File::from(device), kernel, mountpoint }
     }
 
     /// Makes the kernel throw out every name it knows when it comes upon it next. Waits for nobody.
     /// `false`: it cannot, or must not, because something is mounted inside, which would be detached
     /// with the name it is mounted on.
     pub fn forget_names(&self) -> bool {
-        let may = self.can_sweep && !mountinfo::any_inside(&self.mountpoint).unwrap_or(true);
+        let may = self.kernel.epoch.load(Relaxed) && !mountinfo::any_inside(&self.mountpoint).unwrap_or(true);
         may && self.send(NOTIFY_INC_EPOCH, &[]).inspect_err(|error| tracing::warn!(%error, "no sweep of names")).is_ok()
     }
 
@@ -64,7 +66,8 @@ impl NoticeChannel {
         let mut body = Vec::with_capacity(16 + name.as_bytes().len() + 1);
         body.extend(parent.0.to_ne_bytes());
         body.extend((name.as_bytes().len() as u32).to_ne_bytes());
-        body.extend(if self.can_expire && !gone { EXPIRE_ONLY } else { 0 }.to_ne_bytes());
+        let expires = self.kernel.expire.load(Relaxed) && !gone;
+        body.extend(if expires { EXPIRE_ONLY } else { 0 }.to_ne_bytes());
         body.extend(name.as_bytes());
         body.push(0);
         self.send(NOTIFY_INVAL_ENTRY, &body)

@@ -62,7 +62,7 @@ pub struct Notifier {
 struct Shared {
     caches: Arc<Caches>,
     vfs: Arc<Vfs>,
-    channel: NoticeChannel,
+    channel: Arc<NoticeChannel>,
     state: Mutex<State>,
     names_ready: Condvar,
     attrs_ready: Condvar,
@@ -114,7 +114,7 @@ enum Forget {
 }
 
 impl Notifier {
-    pub(crate) fn start(vfs: Arc<Vfs>, caches: Arc<Caches>, channel: NoticeChannel) -> std::io::Result<Self> {
+    pub(crate) fn start(vfs: Arc<Vfs>, caches: Arc<Caches>, channel: Arc<NoticeChannel>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             caches,
             vfs,
@@ -206,8 +206,13 @@ impl Shared {
         let mut too_many = false;
         let changes: Vec<Change> = changes.into_iter().flat_map(|change| self.with_children(change, &mut too_many)).collect();
         // Marked before anything is told, and outside the lock of the queue.
-        let changes: Vec<(Change, bool)> =
-            changes.into_iter().filter_map(|change| self.mark(&change).map(|holds| (change, holds))).collect();
+        let told = |change: Change| {
+            let holds = self.mark(&change);
+            // Only then: whoever opens the directory from here on is given no listing to keep.
+            let listing = self.mark_listing(&change);
+            holds.map(|holds| (change, holds)).into_iter().chain(listing)
+        };
+        let changes: Vec<(Change, bool)> = changes.into_iter().flat_map(told).collect();
 
         let mut state = self.state.lock();
         if let Some(index) = index {
@@ -265,6 +270,14 @@ impl Shared {
             | Change::Members
             | Change::Fenced { .. } => None,
         }
+    }
+
+    /// A listing that the kernel keeps is dropped like the pages of a file. Nobody waits for the cluster with
+    /// one of its pages.
+    fn mark_listing(&self, change: &Change) -> Option<(Change, bool)> {
+        let (Change::Entry { parent: dir, .. } | Change::Children { dir }) = change else { return None };
+        let drop = Change::Data { ino: *dir, offset: 0, len: u64::MAX };
+        self.caches.listings.changed(*dir).then_some((drop, true))
     }
 
     /// With a directory goes what the kernel keeps of anything in it: another server may change that

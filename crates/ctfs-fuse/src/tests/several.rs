@@ -1,17 +1,25 @@
 //! Two mounts of one cluster on this machine: what one server's programs see of the other's.
 
 use std::{
+    collections::BTreeSet,
+    ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Read, Write},
     os::{
         fd::AsRawFd,
-        unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+        },
     },
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
 use ctfs_meta::{Op, Quota};
 use ctfs_types::{FileName, Ino, LogIndex};
 use ctfs_vfs::Metadata;
+use rustix::fs::Dir;
 use tokio::sync::watch;
 
 use super::*;
@@ -35,6 +43,59 @@ fn a_name_made_changed_or_removed_elsewhere_is_seen_at_once() {
             assert!(fs::metadata(there.join("renamed")).is_ok());
             fs::remove_file(here.join("renamed")).unwrap();
             assert!(fs::metadata(there.join("renamed")).is_err());
+        }
+    });
+}
+
+#[test]
+fn a_listing_that_the_kernel_keeps_goes_when_a_name_changes_elsewhere() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        let list = |dir: &Path| -> BTreeSet<OsString> {
+            fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+        };
+        let again = |dir: &mut Dir| -> BTreeSet<OsString> {
+            dir.rewind();
+            let names = dir.map(|entry| OsStr::from_bytes(entry.unwrap().file_name().to_bytes()).to_owned());
+            names.filter(|name| name != "." && name != "..").collect()
+        };
+        for round in 0..20 {
+            // A new one each time: where names change elsewhere, the kernel keeps nothing for a minute.
+            let dirs = [0, 1].map(|server: usize| paths[server].join(format!("d{round}")));
+            fs::create_dir(&dirs[0]).unwrap();
+            let mut names = BTreeSet::new();
+            for n in 0..40 * round {
+                let name = OsString::from(format!("name-{n}"));
+                fs::create_dir(dirs[0].join(&name)).unwrap();
+                names.insert(name);
+            }
+            let mut open = Dir::new(File::open(&dirs[1]).unwrap()).unwrap();
+            for _ in 0..3 {
+                assert_eq!(list(&dirs[1]), names);
+                assert_eq!(again(&mut open), names);
+            }
+            // Changed by programs of the same server: their kernel does not ask.
+            fs::create_dir(dirs[1].join("own")).unwrap();
+            names.insert("own".into());
+            assert_eq!(list(&dirs[1]), names);
+            assert_eq!(again(&mut open), names);
+            // While somebody lists it without end.
+            let stop = AtomicBool::new(false);
+            thread::scope(|scope| {
+                scope.spawn(|| while !stop.load(Relaxed) { list(&dirs[1]); });
+                for n in 0..5 {
+                    let name = OsString::from(format!("other-{n}"));
+                    fs::create_dir(dirs[0].join(&name)).unwrap();
+                    names.insert(name);
+                    assert_eq!(again(&mut open), names, "round {round}");
+                    assert_eq!(list(&dirs[1]), names, "round {round}");
+                }
+                stop.store(true, Relaxed);
+            });
+            fs::remove_dir(dirs[0].join("own")).unwrap();
+            names.remove(OsStr::new("own"));
+            assert_eq!(again(&mut open), names);
+            assert_eq!(list(&dirs[1]), names);
         }
     });
 }

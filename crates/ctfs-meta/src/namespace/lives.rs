@@ -7,7 +7,7 @@
 //! happens once, by its request, and each write of journalled bytes once, by what it says of the journal
 //! ([`Noted`]).
 
-use ctfs_types::{Holder, Incarnation, Ino, NodeId};
+use ctfs_types::{Holder, Incarnation, Ino, NodeId, rules::{Rule, keeps}};
 
 use super::{Apply, keys, records::Left, txn::Outcome};
 use crate::{About, Change, Command, Member, MetaError, Noted, Reply};
@@ -72,7 +72,7 @@ impl Apply<'_, '_> {
         match command.about {
             About::Left { by } if self.is_successor(client, by)? || self.is_next_life(client, by)? => Ok(()),
             About::Left { .. } => Err(MetaError::StaleIncarnation.into()),
-            _ if self.left(client)?.is_some() => Err(MetaError::StaleIncarnation.into()),
+            _ if self.left(client)?.is_some() && keeps(Rule::EndedLivesAreRefused) => Err(MetaError::StaleIncarnation.into()),
             _ => Ok(()),
         }
     }
