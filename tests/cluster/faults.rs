@@ -178,3 +178,48 @@ fn a_server_cut_off_from_the_majority_fails_writes_in_bounded_time_and_nothing_f
         assert_eq!(fs::read(cluster.mnt(server).join("majority")).unwrap(), b"majority");
     }
 }
+
+#[test]
+fn a_server_that_is_cut_off_reads_as_the_policy_of_each_directory_says() {
+    let cluster = Cluster::start("partition", 3);
+    let mnt = cluster.mnt(1);
+    for (dir, choice) in [("stale", "stale"), ("error", "error"), ("block", "block")] {
+        fs::create_dir(mnt.join(dir)).unwrap();
+        write_synced(&mnt.join(dir).join("f"), b"before").unwrap();
+        cluster.ctfs(1, &["policy", "set", mnt.join(dir).to_str().unwrap(), "--on-partition", choice]);
+    }
+    let cut_off = (1..=3).rev().find(|server| *server != cluster.leader(1)).unwrap();
+    let (here, there) = (cluster.mnt(cut_off), cluster.mnt(cluster.leader(1)));
+    let read = |dir: &str| fs::read(here.join(dir).join("f"));
+    for dir in ["stale", "error", "block"] {
+        assert_eq!(read(dir).unwrap(), b"before");
+    }
+    cluster.script(&["cut", &cut_off.to_string()]);
+    let start = Instant::now();
+    // Once nobody waits for this server any more.
+    while write_synced(&there.join("stale/f"), b"after!").is_err() {
+        assert!(start.elapsed() < Duration::from_secs(30), "the majority does not write");
+    }
+    wait_for("reads that fail", Duration::from_secs(30), || read("error").is_err().then_some(()));
+    assert_eq!(read("stale").unwrap(), b"before", "what it knew last");
+    let start = Instant::now();
+    for _ in 0..100 {
+        assert_eq!(read("stale").unwrap(), b"before");
+        assert!(read("error").is_err());
+    }
+    assert!(start.elapsed() < Duration::from_secs(3), "each of them waits: {:?}", start.elapsed());
+    assert!(fs::write(here.join("stale/new"), b"").is_err());
+    let reads = cluster.json(cut_off, &["status"])["reads"].clone();
+    assert!(reads["cut_off"].as_bool().unwrap() && reads["stale"].as_u64().unwrap() >= 100, "{reads}");
+    let blocked = std::thread::spawn({
+        let path = here.join("block/f");
+        move || fs::read(path)
+    });
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!blocked.is_finished(), "it does not wait");
+    cluster.script(&["heal", &cut_off.to_string()]);
+    assert_eq!(blocked.join().unwrap().unwrap(), b"before");
+    cluster.wait_healthy(cut_off);
+    wait_for("the present", Duration::from_secs(10), || (read("stale").unwrap() == b"after!").then_some(()));
+    assert_eq!(read("error").unwrap(), b"before");
+}

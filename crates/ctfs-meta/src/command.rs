@@ -7,7 +7,7 @@ use ctfs_types::{Attr, CellIndex, CellSize, ChunkId, Extent, ExtentData, FileNam
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    member::{Durability, Member, MemberState, Policy, TokenRecord},
+    member::{Durability, Member, MemberState, OnPartition, Policy, TokenRecord},
     quota::Quota,
 };
 
@@ -385,4 +385,5 @@ pub struct EffectivePolicy {
     pub copies: u8,
     pub cell: CellSize,
     pub durability: Durability,
+    pub on_partition: OnPartition,
 }

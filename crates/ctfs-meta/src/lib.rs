@@ -25,7 +25,7 @@ pub use command::{
     INOS_RESERVED_MAX, Noted, Op, RenameMode, Reply, SetAttr, Subject, XattrMode,
 };
 pub use error::MetaError;
-pub use member::{Durability, Member, MemberState, Policy, TokenRecord};
+pub use member::{Durability, Member, MemberState, OnPartition, Policy, TokenRecord};
 pub use namespace::{AHEAD_MAX, Ahead, Applied, ChunkRecord, Cover, DirEntry, Namespace, Totals, Wish};
 pub use quota::{Quota, QuotaUse};
 pub use store::{Batch, MemoryStore, Store, StoreError};

@@ -53,6 +53,38 @@ pub struct Policy {
     pub cell: Option<CellSize>,
     /// What fsync waits for.
     pub durability: Option<Durability>,
+    /// What reads do on a server that is cut off.
+    pub on_partition: Option<OnPartition>,
+}
+
+/// What reads do on a server that cannot reach most of the others.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnPartition {
+    /// Answer what it knew last.
+    #[default]
+    Stale,
+    /// Wait for the others.
+    Block,
+    /// Fail.
+    Error,
+}
+
+impl OnPartition {
+    pub const EACH: [Self; 3] = [Self::Stale, Self::Block, Self::Error];
+
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stale => "stale",
+            Self::Block => "block",
+            Self::Error => "error",
+        }
+    }
+
+    pub fn of_name(name: &[u8]) -> Option<Self> {
+        Self::EACH.into_iter().find(|choice| choice.name().as_bytes() == name)
+    }
 }
 
 /// On how many disks something is when fsync says so.

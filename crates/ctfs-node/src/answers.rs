@@ -10,7 +10,7 @@ use ctfs_vfs::{DelegationFigures, FsError};
 
 use crate::{
     admin::{
-        AdminHandler, CELLS_SHOWN_MAX, CacheDropReport, CacheReport, CachedAs, CellKind, CellReport, ChunksReport, DirectoriesReport, DfReport, DfServer,
+        AdminHandler, CELLS_SHOWN_MAX, CacheDropReport, CacheReport, CachedAs, CellKind, CellReport, ChunksReport, DirectoriesReport, ReadsReport, DfReport, DfServer,
         DoneReport, HolderReport, InfoReport, JobReport, JournalReport, MountReport, NodesReport, PingReport, PolicyReport, Request, Response, Room,
         ServerReport, ServerRole, ServerState, StatusReport, TokenReport, WirePath,
     },
@@ -37,12 +37,13 @@ impl AdminHandler for Answers {
             Request::NodeRemove { name, force } => node.remove_member(&name, force).await.map(Response::Done),
             Request::Df { path } => node.df(path).map(Response::Df),
             Request::Info { path } => node.info(&path).await.map(Response::Info),
-            Request::PolicySet { path, copies, cell, durability } => {
+            Request::PolicySet { path, copies, cell, durability, on_partition } => {
                 let (ino, _) = node.resolve(path.as_path())?;
                 let mut policy = node.consensus.replica().read().policy(ino).map_err(store)?;
                 policy.copies = copies.or(policy.copies);
                 policy.cell = cell.or(policy.cell);
                 policy.durability = durability.or(policy.durability);
+                policy.on_partition = on_partition.or(policy.on_partition);
                 node.set_policy(ino, policy).await?;
                 node.policy(&path).map(Response::Policy)
             }
@@ -235,6 +236,7 @@ impl Node {
             term: consensus.term,
             leader: consensus.leader.and_then(name_of),
             leased: consensus.leased,
+            reads: ReadsReport { cut_off: self.vfs.is_cut_off(), stale: self.vfs.stale_reads() },
             journal,
             directories: self.directories(),
         })
@@ -394,9 +396,11 @@ impl Node {
             copies_set: set.copies,
             cell_set: set.cell.map(|cell| ByteSize(cell.bytes())),
             durability_set: set.durability,
+            on_partition_set: set.on_partition,
             copies: effective.copies,
             cell: ByteSize(effective.cell.bytes()),
             durability: effective.durability,
+            on_partition: effective.on_partition,
             copies_now: Placement::copies_for(effective.copies, active) as u8,
         })
     }

@@ -18,6 +18,7 @@ pub mod delegations;
 pub mod errno;
 pub mod error;
 pub mod handles;
+mod partition;
 pub mod vfs;
 mod view;
 pub mod waiters;

@@ -46,6 +46,7 @@ use crate::{
     content::Around,
     delegations::{DelegationFigures, DelegationSettings, Delegations, RuledMetadata},
     handles::Handles,
+    partition::{Partition, Sight},
     view::View,
     waiters::{Fate, LockWaiters},
 };
@@ -111,6 +112,7 @@ pub struct Vfs {
     delegations: Arc<Delegations>,
     chunks: Arc<dyn ChunkAccess>,
     content: Content,
+    partition: Arc<Partition>,
     settings: VfsSettings,
     handles: Handles,
     waiters: Arc<LockWaiters>,
@@ -145,10 +147,13 @@ impl Vfs {
     ) -> Arc<Self> {
         let waits = Arc::new(PageWaits::default());
         let runtime = settings.content.runtime.clone().unwrap_or_else(tokio::runtime::Handle::current);
-        let delegations = Delegations::new(meta, holders.clone(), settings.delegations.clone(), runtime);
+        let delegations = Delegations::new(meta, holders.clone(), settings.delegations.clone(), runtime.clone());
         let meta: Arc<dyn Metadata> = Arc::new(RuledMetadata(delegations.clone()));
-        let around = Around { meta: meta.clone(), chunks: chunks.clone(), holders, waits: waits.clone() };
+        let partition = Partition::new(meta.clone(), runtime);
+        let around =
+            Around { meta: meta.clone(), chunks: chunks.clone(), holders, waits: waits.clone(), partition: partition.clone() };
         Arc::new(Self {
+            partition,
             content: Content::new(around, tier, settings.content.clone()),
             handles: Handles::new(settings.handles_max),
             waiters: LockWaiters::new(settings.lock_waiters_max),
@@ -242,6 +247,16 @@ impl Vfs {
     /// As [`Metadata::propose`].
     pub async fn propose(&self, op: Op) -> Result<Reply, FsError> {
         self.meta.propose(op).await
+    }
+
+    /// Whether reads are answered without asking the others, who do not answer.
+    pub fn is_cut_off(&self) -> bool {
+        self.partition.is_cut_off()
+    }
+
+    /// Reads so far that were answered with what this server knew last.
+    pub fn stale_reads(&self) -> u64 {
+        self.partition.stale_reads()
     }
 
     pub fn delegations(&self) -> DelegationFigures {
@@ -402,6 +417,26 @@ impl Vfs {
                     self.delegations.recall(ino, holder, deadline).await?;
                 }
                 seen => return seen,
+            }
+        }
+    }
+
+    /// Reads where a policy may allow what this server knew last ([`Partition`]): never to decide what to change.
+    async fn read_of<T>(&self, ino: Ino, look: impl Fn(&View<'_>) -> Result<T, FsError>) -> Result<T, FsError> {
+        self.read_with_sight(ino, look).await.map(|(seen, _)| seen)
+    }
+
+    async fn read_with_sight<T>(&self, ino: Ino, look: impl Fn(&View<'_>) -> Result<T, FsError>) -> Result<(T, Sight), FsError> {
+        let reading = self.partition.begin();
+        loop {
+            let sight = reading.sight(ino).await?;
+            let seen = match sight {
+                Sight::Present => self.read(&look).await,
+                Sight::Past => look(&View::past(&*self.meta, &self.meta.replica().read())),
+            };
+            match seen {
+                Err(error) if sight == Sight::Present && reading.is_cut_off_by(&error) => {}
+                seen => return seen.map(|seen| (seen, sight)),
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use std::cell::Cell as Slot;
 
-use ctfs_meta::{DirEntry, Durability, Lock, LockKind, LockOwner, MetaError, Namespace, Quota, Subject, Totals};
+use ctfs_meta::{DirEntry, EffectivePolicy, Lock, LockKind, LockOwner, MetaError, Namespace, Quota, Subject, Totals};
 use ctfs_types::{Attr, FileKind, FileName, Holder, Ino, LogIndex};
 
 use crate::{FsError, Metadata};
@@ -15,13 +15,20 @@ pub(crate) struct View<'a> {
     meta: Option<(&'a dyn Metadata, LogIndex)>,
     me: Holder,
     newest: Slot<LogIndex>,
+    /// Nobody can be asked, and nobody is.
+    is_past: bool,
 }
 
 type Read<T> = Result<T, FsError>;
 
 impl<'a> View<'a> {
     pub fn new(meta: &'a dyn Metadata, ns: &'a Namespace) -> Self {
-        Self { ns, meta: meta.ahead().map(|ahead| (meta, ahead)), me: meta.holder(), newest: Slot::new(LogIndex(0)) }
+        Self { ns, meta: meta.ahead().map(|ahead| (meta, ahead)), me: meta.holder(), newest: Slot::new(LogIndex(0)), is_past: false }
+    }
+
+    /// Of what this server knew last.
+    pub fn past(meta: &'a dyn Metadata, ns: &'a Namespace) -> Self {
+        Self { ns, meta: None, me: meta.holder(), newest: Slot::new(LogIndex(0)), is_past: true }
     }
 
     /// The last change of what was looked at, if not every server has it.
@@ -35,6 +42,9 @@ impl<'a> View<'a> {
     /// # Errors
     /// [`MetaError::Held`]: another server alone knows, because it holds the directory that is named.
     fn is_known_here_alone(&self, ino: Ino) -> Result<bool, FsError> {
+        if self.is_past {
+            return Ok(true);
+        }
         match self.ns.cover(ino)? {
             Some((dir, holder)) if holder == self.me => Ok(!self.ns.is_on_the_way(dir) && !self.ns.is_between(ino)),
             Some((dir, holder)) => Err(MetaError::Held { ino: dir, holder }.into()),
@@ -116,10 +126,9 @@ impl<'a> View<'a> {
         Ok(self.ns.quota(dir)?)
     }
 
-    /// What fsync waits for.
-    pub fn durability(&self, ino: Ino) -> Read<Durability> {
+    pub fn policy(&self, ino: Ino) -> Read<EffectivePolicy> {
         self.look_at_all();
-        Ok(self.ns.effective_policy(ino)?.durability)
+        Ok(self.ns.effective_policy(ino)?)
     }
 
     pub fn totals(&self, dir: Ino) -> Read<Option<Totals>> {

@@ -1,4 +1,4 @@
-//! `ctfs policy`: copies, chunk size and durability of a directory.
+//! `ctfs policy`: copies, chunk size, durability and what reads do in a partition, by directory.
 
 use std::path::PathBuf;
 
@@ -7,12 +7,12 @@ use ctfs_node::{
     admin::{PolicyReport, Request, Response},
     problem::exit,
 };
-use ctfs_meta::Durability;
+use ctfs_meta::{Durability, OnPartition};
 use ctfs_types::{ByteSize, CellSize};
 
 use crate::{Context, choices::Copies, errors::Outcome};
 
-/// Copies, chunk size and durability of a directory
+/// Copies, chunk size, durability and more of a directory
 #[derive(Debug, Args)]
 pub struct Policy {
     #[command(subcommand)]
@@ -24,7 +24,7 @@ enum Verb {
     /// Set a policy for everything below a directory that sets no other
     ///
     /// All of them concern what is written from now on.
-    #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs policy set /srv/data/db --copies 3\n  ctfs policy set /srv/data/video --chunk-size 8MiB\n  ctfs policy set /srv/data/build --durability local")]
+    #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)), after_help = "Examples:\n  ctfs policy set /srv/data/db --copies 3\n  ctfs policy set /srv/data/video --chunk-size 8MiB\n  ctfs policy set /srv/data/build --durability local\n  ctfs policy set /srv/data/db --on-partition block")]
     Set {
         path: PathBuf,
 
@@ -39,6 +39,10 @@ enum Verb {
         /// What fsync waits for: the disk of this server, of two servers, of as many as there are copies, or of all
         #[arg(long, value_name = "CLASS", value_parser = durability, group = "what")]
         durability: Option<Durability>,
+
+        /// What reads do on a server that cannot reach most of the others: answer what it knew last, wait, or fail
+        #[arg(long, value_name = "CHOICE", value_parser = on_partition, group = "what")]
+        on_partition: Option<OnPartition>,
     },
     /// Show what is set and what is in force
     Show {
@@ -54,6 +58,10 @@ fn durability(text: &str) -> Result<Durability, String> {
     Durability::of_name(text.as_bytes()).ok_or_else(|| "a class is local, pair, quorum or all".into())
 }
 
+fn on_partition(text: &str) -> Result<OnPartition, String> {
+    OnPartition::of_name(text.as_bytes()).ok_or_else(|| "it is stale, block or error".into())
+}
+
 fn cell_size(text: &str) -> Result<CellSize, String> {
     let size: ByteSize = text.parse().map_err(|error| format!("{error}"))?;
     CellSize::from_bytes(size.0).ok_or_else(|| "a chunk is a power of two, 256KiB to 8MiB".into())
@@ -62,8 +70,9 @@ fn cell_size(text: &str) -> Result<CellSize, String> {
 impl Policy {
     pub fn run(self, context: &Context) -> Outcome {
         let (request, json) = match self.verb {
-            Verb::Set { path, copies, chunk_size, durability } => {
-                (Request::PolicySet { path: super::named(&path), copies: copies.map(Copies::number), cell: chunk_size, durability }, false)
+            Verb::Set { path, copies, chunk_size, durability, on_partition } => {
+                let (path, copies) = (super::named(&path), copies.map(Copies::number));
+                (Request::PolicySet { path, copies, cell: chunk_size, durability, on_partition }, false)
             }
             Verb::Show { path, json } => (Request::PolicyShow { path: super::named(&path) }, json),
         };
@@ -80,7 +89,7 @@ fn render(report: &PolicyReport) -> String {
     let origin = |set: bool| if set { "set here" } else { "inherited" };
     let copies = if report.copies == 0 { "auto".into() } else { report.copies.to_string() };
     format!(
-        "{}\n  copies      {copies} ({}), now {}\n  chunk size  {} ({})\n  durability  {} ({})\n",
+        "{}\n  copies      {copies} ({}), now {}\n  chunk size  {} ({})\n  durability  {} ({})\n  cut off     {} ({})\n",
         report.path,
         origin(report.copies_set.is_some()),
         report.copies_now,
@@ -88,6 +97,12 @@ fn render(report: &PolicyReport) -> String {
         origin(report.cell_set.is_some()),
         report.durability.name(),
         origin(report.durability_set.is_some()),
+        match report.on_partition {
+            OnPartition::Stale => "reads are answered as last known",
+            OnPartition::Block => "reads wait",
+            OnPartition::Error => "reads fail",
+        },
+        origin(report.on_partition_set.is_some()),
     )
 }
 
@@ -108,8 +123,10 @@ mod tests {
             copies_now: 2,
             durability_set: None,
             durability: Durability::Pair,
+            on_partition_set: None,
+            on_partition: OnPartition::Stale,
         };
-        assert_eq!(render(&report), "/srv/data/db\n  copies      3 (set here), now 2\n  chunk size  1.0 MiB (inherited)\n  durability  pair (inherited)\n");
+        assert_eq!(render(&report), "/srv/data/db\n  copies      3 (set here), now 2\n  chunk size  1.0 MiB (inherited)\n  durability  pair (inherited)\n  cut off     reads are answered as last known (inherited)\n");
     }
 
     #[test]

@@ -188,6 +188,10 @@ fn below(report: &StatusReport) -> String {
     if cache.dirty.0 > 0 {
         lines.push(("cache", format!("{} written here and not yet on the stores", cache.dirty)));
     }
+    if report.reads.cut_off {
+        let count = counted(report.reads.stale, "read");
+        lines.push(("reads", format!("no majority answers: what this server knew last, or as ctfs policy says ({count} so far)")));
+    }
     let journal = &report.journal;
     if let Some(pair) = &journal.pair {
         lines.push(("journal", format!("{}, also on {pair}", journal.bytes)));
@@ -214,7 +218,7 @@ fn below(report: &StatusReport) -> String {
 
 #[cfg(test)]
 pub mod tests {
-    use ctfs_node::admin::{CacheReport, ChunksReport, DirectoriesReport, JobReport, JournalReport, MountReport, WirePath};
+    use ctfs_node::admin::{CacheReport, ChunksReport, DirectoriesReport, JobReport, JournalReport, MountReport, ReadsReport, WirePath};
     use ctfs_types::ByteSize;
 
     use super::*;
@@ -278,6 +282,7 @@ pub mod tests {
             term: 2,
             leader: Some("node1".into()),
             leased: true,
+            reads: ReadsReport::default(),
             directories: DirectoriesReport::default(),
             journal: JournalReport { pair: Some("node2".into()), alone: false, records: 3, bytes: ByteSize(12 << 10) },
         }

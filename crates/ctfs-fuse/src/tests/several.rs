@@ -232,6 +232,7 @@ fn when_the_lease_is_lost_the_kernel_shows_nothing_that_it_has_kept() {
         let file = File::open(paths[0].join("f")).unwrap();
         let read = || file.read_at(&mut [0; 4], 0);
         assert_eq!(read().unwrap(), 4);
+        refuse_when_cut_off(&paths[0]);
         meta.cut_off();
         assert_eq!(read().unwrap(), 4, "from the kernel's pages; nobody has told it anything");
         notifier.forget_everything();
@@ -241,6 +242,11 @@ fn when_the_lease_is_lost_the_kernel_shows_nothing_that_it_has_kept() {
         }
         assert!(fs::metadata(paths[0].join("f")).is_err());
     });
+}
+
+/// Has a server fail to read when it is cut off.
+fn refuse_when_cut_off(mountpoint: &Path) {
+    rustix::fs::setxattr(mountpoint, "ctfs.on-partition", b"error", rustix::fs::XattrFlags::empty()).unwrap();
 }
 
 /// `mv` asks for a rename before it looks. A directory that the kernel still had in its old place
@@ -309,6 +315,7 @@ fn a_cut_off_server_gives_errors_and_does_not_hang() {
     mounts.run(move |paths| {
         fs::write(paths[0].join("f"), b"x").unwrap();
         assert!(fs::metadata(paths[1].join("f")).is_ok());
+        refuse_when_cut_off(&paths[1]);
         meta.cut_off();
         // Until what the kernel was told before has run out.
         let error = loop {

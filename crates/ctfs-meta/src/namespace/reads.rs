@@ -405,13 +405,14 @@ impl Namespace {
 
     /// What holds for `ino`: its own policy, then that of the directories above it.
     pub fn effective_policy(&self, ino: Ino) -> Read<EffectivePolicy> {
-        let (mut copies, mut cell, mut durability) = (None, None, None);
+        let (mut copies, mut cell, mut durability, mut on_partition) = (None, None, None, None);
         let mut next = Some(ino);
         while let Some(ino) = next {
             let policy = self.policy(ino)?;
             copies = copies.or(policy.copies);
             cell = cell.or(policy.cell);
             durability = durability.or(policy.durability);
+            on_partition = on_partition.or(policy.on_partition);
             next = match self.inode(ino)?.and_then(|inode| inode.dir) {
                 _ if ino == Ino::ROOT => None,
                 Some(dir) => Some(dir.parent),
@@ -422,6 +423,7 @@ impl Namespace {
             copies: copies.unwrap_or(0),
             cell: cell.unwrap_or_default(),
             durability: durability.unwrap_or_default(),
+            on_partition: on_partition.unwrap_or_default(),
         })
     }
 

@@ -11,7 +11,7 @@ use super::harness::{
     CLIENT, Volume, chunk, chunk_id, dump, identity, inline, member, name, node, owner, record_lock, time, token,
 };
 use crate::{
-    CellWrite, Durability, LockKind, MemberState, MetaError, NewContent, NewNode, Noted, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
+    CellWrite, Durability, LockKind, MemberState, MetaError, NewContent, NewNode, Noted, OnPartition, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
 };
 
 const ROOT: Ino = Ino::ROOT;
@@ -42,7 +42,7 @@ fn ops() -> Vec<Op> {
         make(dir, "tty", NewContent::CharDevice { rdev: 0x501 }),
         make(dir, "disk", NewContent::BlockDevice { rdev: 0x800_0001 }),
         make(dir, "gone", NewContent::File),
-        Op::SetPolicy { ino: dir, policy: Policy { copies: Some(2), cell: CellSize::from_bytes(CELL), durability: Some(Durability::Quorum) } },
+        Op::SetPolicy { ino: dir, policy: Policy { copies: Some(2), cell: CellSize::from_bytes(CELL), durability: Some(Durability::Quorum), on_partition: Some(OnPartition::Block) } },
         Op::Write {
             ino: file,
             cells: (0..7).map(|n| cell(n, Some(chunk(n as u8, 4096)))).collect(),

@@ -3,7 +3,7 @@
 //!
 //! Fields are added, never renamed: `ctfs status --json` prints these as they are.
 
-use ctfs_meta::Durability;
+use ctfs_meta::{Durability, OnPartition};
 use ctfs_types::{ByteSize, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -67,8 +67,18 @@ pub struct StatusReport {
     pub leader: Option<String>,
     /// Whether this server answers from its own copy of the metadata, which nobody may change unseen.
     pub leased: bool,
+    pub reads: ReadsReport,
     pub journal: JournalReport,
     pub directories: DirectoriesReport,
+}
+
+/// Reads on a server that may be cut off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadsReport {
+    /// No majority answers: each directory's policy says what reads do.
+    pub cut_off: bool,
+    /// Since the daemon started, reads answered with what this server knew last.
+    pub stale: u64,
 }
 
 /// Directories that servers hold alone, and what this one did about them since it started.
@@ -336,10 +346,12 @@ pub struct PolicyReport {
     pub copies_set: Option<u8>,
     pub cell_set: Option<ByteSize>,
     pub durability_set: Option<Durability>,
+    pub on_partition_set: Option<OnPartition>,
     /// In force; 0 copies means automatic.
     pub copies: u8,
     pub cell: ByteSize,
     pub durability: Durability,
+    pub on_partition: OnPartition,
     /// Copies that come of it with the servers there are.
     pub copies_now: u8,
 }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use ctfs_meta::Durability;
+use ctfs_meta::{Durability, OnPartition};
 use ctfs_types::CellSize;
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +53,7 @@ pub enum Request {
         copies: Option<u8>,
         cell: Option<CellSize>,
         durability: Option<Durability>,
+        on_partition: Option<OnPartition>,
     },
     PolicyShow {
         path: WirePath,

@@ -62,7 +62,7 @@ pub use left::{LeftBytes, Successor};
 pub(crate) use sharing::is_over;
 pub use sharing::{PageWaits, Pages};
 
-use crate::{ChunkAccess, FsError, Holders, Metadata};
+use crate::{ChunkAccess, FsError, Holders, Metadata, partition::Partition};
 
 /// Numbers that bound what file contents may take.
 #[derive(Debug, Clone)]
@@ -115,6 +115,7 @@ pub struct Around {
     pub chunks: Arc<dyn ChunkAccess>,
     pub holders: Arc<dyn Holders>,
     pub waits: Arc<PageWaits>,
+    pub(crate) partition: Arc<Partition>,
 }
 
 /// The contents of all regular files, as one server reads and writes them.
@@ -130,6 +131,7 @@ struct Shared {
     chunks: Arc<dyn ChunkAccess>,
     holders: Arc<dyn Holders>,
     waits: Arc<PageWaits>,
+    partition: Arc<Partition>,
     tier: CacheTier,
     settings: ContentSettings,
     runtime: Handle,
@@ -252,7 +254,7 @@ impl Content {
     /// # Panics
     /// Outside a tokio runtime, when the settings name none.
     pub fn new(
-        Around { meta, chunks, holders, waits }: Around,
+        Around { meta, chunks, holders, waits, partition }: Around,
         tier: CacheTier,
         settings: ContentSettings,
     ) -> Self {
@@ -263,6 +265,7 @@ impl Content {
             chunks,
             holders,
             waits,
+            partition,
             tier,
             runtime: runtime.clone(),
             inodes: Mutex::default(),

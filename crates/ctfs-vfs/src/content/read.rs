@@ -1,16 +1,16 @@
 //! Reading, and reading ahead.
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use ctfs_chunk::tier::{Base, Found, Tag};
-use ctfs_meta::{MetaError, Subject};
+use ctfs_meta::{Lock, LockKind, MetaError, Subject};
 use ctfs_types::{CellIndex, ExtentData, FileUse, Ino, LogIndex};
 use futures_util::{StreamExt, TryStreamExt};
 use tracing::debug;
 
 use super::{Inode, Pages, Shared, attr_of, cache_error, extent_of, sharing::held_elsewhere, shown_size, tag_of};
-use crate::FsError;
+use crate::{FsError, partition::Sight};
 
 /// How often a read starts over because the cells it fetched were changed meanwhile.
 const READ_TRIES: usize = 64;
@@ -74,6 +74,56 @@ impl Stream {
 
 impl Shared {
     pub(super) async fn read(self: &Arc<Self>, ino: Ino, offset: u64, len: u32, pages: Pages) -> Result<Bytes, FsError> {
+        let reading = self.partition.begin();
+        loop {
+            match reading.sight(ino).await? {
+                Sight::Present => match self.read_present(ino, offset, len, pages).await {
+                    Err(error) if reading.is_cut_off_by(&error) => {}
+                    read => return read,
+                },
+                Sight::Past => return self.read_past(ino, offset, len).await,
+            }
+        }
+    }
+
+    /// What this server knew last, of its own cache and of whoever has the chunks.
+    ///
+    /// # Errors
+    /// [`FsError::NoQuorum`] where programs here hold a lock or wrote what the others do not have: the others may
+    /// have ended this life, and then what is here was never so.
+    async fn read_past(self: &Arc<Self>, ino: Ino, offset: u64, len: u32) -> Result<Bytes, FsError> {
+        let inode = self.inode(ino)?;
+        let mut loans = Loans::new();
+        for _ in 0..READ_TRIES {
+            if self.pending.lock().contains_key(&ino) || self.is_locked_here(ino)? {
+                return Err(FsError::NoQuorum { waited: Duration::ZERO });
+            }
+            match self.try_read(&inode, offset, len, &loans, Sight::Past)? {
+                Attempt::Done { cuts, .. } if inode.local.lock().cuts != cuts => {}
+                Attempt::Done { bytes, .. } => return Ok(bytes),
+                Attempt::Held => break,
+                Attempt::Missing(missing) => self.lend(&inode, missing, &mut loans).await?,
+            }
+        }
+        Err(MetaError::CellChanged { ino, cell: inode.entry.cell_size().cell_of(offset) }.into())
+    }
+
+    fn is_locked_here(&self, ino: Ino) -> Result<bool, FsError> {
+        let ns = self.meta.replica().read();
+        let is_ours = |lock: &Lock| lock.owner.node == self.meta.node();
+        Ok(ns.locks(ino, LockKind::Record)?.iter().any(is_ours) || ns.locks(ino, LockKind::Flock)?.iter().any(is_ours))
+    }
+
+    /// Fetches what is missing.
+    async fn lend(&self, inode: &Inode, missing: Vec<(CellIndex, Tag)>, loans: &mut Loans) -> Result<(), FsError> {
+        let fetches = futures_util::stream::iter(missing)
+            .map(|(cell, tag)| async move { Ok::<_, FsError>((cell, tag, self.fetch(inode, cell, tag).await?)) });
+        let fetched: Vec<_> = fetches.buffer_unordered(self.settings.transfers.max(1)).try_collect().await?;
+        loans.extend(fetched.into_iter().filter_map(|(cell, tag, bytes)| Some((cell, (tag, bytes?)))));
+        Ok(())
+    }
+
+    async fn read_present(self: &Arc<Self>, ino: Ino, offset: u64, len: u32, pages: Pages) -> Result<Bytes, FsError> {
         let mut leased = self.meta.leased();
         if !leased {
             self.meta.barrier().await?;
@@ -82,7 +132,7 @@ impl Shared {
         let mut loans = Loans::new();
         let mut waited = 0;
         for _ in 0..READ_TRIES {
-            match self.try_read(&inode, offset, len, &loans)? {
+            match self.try_read(&inode, offset, len, &loans, Sight::Present)? {
                 // A pause since the lease was looked at may have ended it: look again.
                 Attempt::Done { .. } if leased && !self.meta.leased() => {
                     leased = false;
@@ -108,21 +158,14 @@ impl Shared {
                     return Ok(bytes);
                 }
                 Attempt::Held => self.settle(ino, pages).await?,
-                Attempt::Missing(missing) => {
-                    let fetches = futures_util::stream::iter(missing).map(|(cell, tag)| {
-                        let inode = &inode;
-                        async move { Ok::<_, FsError>((cell, tag, self.fetch(inode, cell, tag).await?)) }
-                    });
-                    let fetched: Vec<_> = fetches.buffer_unordered(self.settings.transfers.max(1)).try_collect().await?;
-                    loans.extend(fetched.into_iter().filter_map(|(cell, tag, bytes)| Some((cell, (tag, bytes?)))));
-                }
+                Attempt::Missing(missing) => self.lend(&inode, missing, &mut loans).await?,
             }
         }
         Err(MetaError::CellChanged { ino, cell: inode.entry.cell_size().cell_of(offset) }.into())
     }
 
     /// Reads what is at hand, or says what is not. Never waits.
-    fn try_read(&self, inode: &Inode, offset: u64, len: u32, loans: &Loans) -> Result<Attempt, FsError> {
+    fn try_read(&self, inode: &Inode, offset: u64, len: u32, loans: &Loans, sight: Sight) -> Result<Attempt, FsError> {
         let ino = inode.ino;
         let grid = inode.entry.cell_size();
         let (local_size, cut, cuts) = {
@@ -133,7 +176,7 @@ impl Shared {
         let view = inode.entry.view();
         let ns = self.meta.replica().read();
         let attr = attr_of(&ns, ino)?;
-        if held_elsewhere(&ns, &attr, self.meta.holder())?.is_some() {
+        if sight == Sight::Present && held_elsewhere(&ns, &attr, self.meta.holder())?.is_some() {
             return Ok(Attempt::Held);
         }
         // Bytes of a file that this server holds are asked of it by whoever reads them elsewhere.
@@ -214,7 +257,7 @@ impl Shared {
         }
         match fetched {
             // Named no longer, so perhaps collected by now: the caller looks at the new extent.
-            Err(_) if self.be_current().await.is_ok() && !self.names(inode.ino, cell, &tag)? => Ok(None),
+            Err(_) if !self.partition.is_cut_off() && self.be_current().await.is_ok() && !self.names(inode.ino, cell, &tag)? => Ok(None),
             fetched => fetched,
         }
     }

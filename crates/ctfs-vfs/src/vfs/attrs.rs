@@ -10,7 +10,7 @@ use ctfs_meta::{MetaError, Op, SetAttr};
 use ctfs_types::{Attr, FileKind, Ino};
 
 use super::{SetTime, Vfs, entry};
-use crate::{FsError, caller::Caller};
+use crate::{FsError, caller::Caller, partition::Sight};
 
 /// How long `stat` of the mountpoint waits until every server shows what it answers.
 const MOUNTPOINT_PATIENCE: Duration = Duration::from_secs(2);
@@ -31,17 +31,21 @@ impl Vfs {
     pub async fn getattr(&self, ino: Ino) -> Result<Attr, FsError> {
         if ino == Ino::ROOT {
             // `stat` of the mountpoint must answer whatever the cluster does.
-            let known = tokio::time::timeout(MOUNTPOINT_PATIENCE, self.read(|view| view.attr_of(ino))).await;
+            let is_cut_off = self.partition.is_cut_off();
+            let patience = if is_cut_off { Duration::ZERO } else { MOUNTPOINT_PATIENCE };
+            let known = tokio::time::timeout(patience, self.read(|view| view.attr_of(ino))).await;
             if let Ok(Ok(attr)) = known {
                 return Ok(self.shown(attr));
             }
+            // The next one need not wait.
+            self.partition.ask_beside();
             let attr = self.meta.replica().read().attr(ino)?.ok_or(FsError::Stale(ino))?;
             return Ok(self.shown(attr));
         }
-        let attr = self.read(|view| view.attr_of(ino)).await?;
+        let (attr, sight) = self.read_with_sight(ino, |view| view.attr_of(ino)).await?;
         match attr.usage.held_from(self.meta.holder()) {
-            None => Ok(self.shown(attr)),
-            Some(holder) => self.content.peek(ino, holder).await,
+            Some(holder) if sight == Sight::Present => self.content.peek(ino, holder).await,
+            _ => Ok(self.shown(attr)),
         }
     }
 

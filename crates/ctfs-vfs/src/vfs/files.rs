@@ -6,6 +6,7 @@ use ctfs_types::{Attr, FileKind, FileUse, Ino};
 
 use super::{Vfs, names::new_node};
 use crate::{
+    partition::Sight,
     FsError, Pages,
     caller::Caller,
     handles::{HandleId, OpenMode},
@@ -28,20 +29,27 @@ impl Vfs {
     /// - [`FsError::Stale`]: gone, or without a name and not open here; the kernel walks the path again.
     /// - EISDIR, or EINVAL for what is neither file nor directory.
     pub async fn open(&self, caller: Caller, ino: Ino, flags: i32) -> Result<Opened, FsError> {
-        let attr = self.read(|view| view.attr_of(ino)).await?;
+        let mut mode = OpenMode::from_flags(flags);
+        let (attr, sight) = match mode.write {
+            true => (self.read(|view| view.attr_of(ino)).await?, Sight::Present),
+            false => self.read_with_sight(ino, |view| view.attr_of(ino)).await?,
+        };
         match attr.kind {
             FileKind::File => {}
             FileKind::Directory => return Err(MetaError::IsDirectory(ino).into()),
             _ => return Err(MetaError::WrongKind(ino).into()),
         }
-        let mut mode = OpenMode::from_flags(flags);
-        if mode.read && mode.write {
-            // It can be mapped, and stores through a mapping ask nobody.
-            self.content.claim(ino).await?;
+        let attr = if sight == Sight::Past {
+            attr
         } else {
-            self.content.settle(ino).await?;
-        }
-        let attr = self.read(|view| view.attr_of(ino)).await?;
+            if mode.read && mode.write {
+                // It can be mapped, and stores through a mapping ask nobody.
+                self.content.claim(ino).await?;
+            } else {
+                self.content.settle(ino).await?;
+            }
+            self.read(|view| view.attr_of(ino)).await?
+        };
         mode.direct |= wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
         let handle = self.open_handle(ino, mode)?;
         if flags & libc::O_TRUNC != 0 {

@@ -41,7 +41,7 @@ impl Vfs {
     pub async fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr, FsError> {
         let name = FileName::new(name)?;
         let attr = self
-            .read(|view| {
+            .read_of(parent, |view| {
                 let Some(ino) = view.lookup(parent, &name)? else {
                     // Only now is it worth asking why.
                     return match view.kind(parent)? {
@@ -59,7 +59,7 @@ impl Vfs {
     /// # Errors
     /// EINVAL when `ino` is no symlink.
     pub async fn readlink(&self, ino: Ino) -> Result<Vec<u8>, FsError> {
-        self.read(|view| match view.readlink(ino)? {
+        self.read_of(ino, |view| match view.readlink(ino)? {
             Some(target) => Ok(target),
             None => Err(view.attr_of(ino).map_or_else(|gone| gone, |_| MetaError::WrongKind(ino).into())),
         })
@@ -173,7 +173,7 @@ impl Vfs {
         let kind = match here {
             Some(kind) => kind,
             // Made elsewhere a moment ago, or gone: worth asking.
-            None => self.read(|view| view.kind(ino)?.ok_or(FsError::Stale(ino))).await?,
+            None => self.read_of(ino, |view| view.kind(ino)?.ok_or(FsError::Stale(ino))).await?,
         };
         if kind != FileKind::Directory {
             return Err(MetaError::NotDirectory(ino).into());
@@ -187,7 +187,7 @@ impl Vfs {
     /// while it lists sees every other entry exactly once.
     pub async fn readdir(&self, dir: Ino, offset: u64, limit: usize, with_attrs: bool) -> Result<Vec<DirItem>, FsError> {
         let mut items = self
-            .read(|view| {
+            .read_of(dir, |view| {
                 let kind = view.kind(dir)?.ok_or(FsError::Stale(dir))?;
                 if kind != FileKind::Directory {
                     return Err(MetaError::NotDirectory(dir).into());

@@ -3,7 +3,7 @@
 //! All namespaces of xattr(7) are stored alike. The kernel decides who may touch `user.*`,
 //! `security.*` and `trusted.*`; hiding `trusted.*` from listings is left to the file system.
 
-use ctfs_meta::{Durability, MetaError, Op, Policy, SetAttr, XattrMode};
+use ctfs_meta::{Durability, MetaError, OnPartition, Op, Policy, SetAttr, XattrMode};
 use ctfs_types::{FileKind, Ino};
 
 use super::Vfs;
@@ -19,9 +19,28 @@ const NAMESPACES: [&[u8]; 3] = [b"user.", TRUSTED, b"security."];
 const CAPABILITY: &[u8] = b"security.capability";
 /// Of a directory: what fsync waits for, of all that is below it and says nothing else.
 const DURABILITY: &[u8] = b"ctfs.durability";
+/// Of a directory: what reads do on a server that is cut off.
+const ON_PARTITION: &[u8] = b"ctfs.on-partition";
 
 fn is_acl(name: &[u8]) -> bool {
     name == ACL_ACCESS || name == ACL_DEFAULT
+}
+
+/// `policy` with the part of it that an extended attribute stands for; `value` is `None` where it is inherited. `None`:
+/// the name stands for none.
+fn with_policy(policy: Policy, name: &[u8], value: Option<&[u8]>) -> Option<Result<Policy, FsError>> {
+    let changed = match name {
+        DURABILITY => match value.map(Durability::of_name) {
+            Some(None) => Err(FsError::Invalid("a class of durability is local, pair, quorum or all")),
+            class => Ok(Policy { durability: class.flatten(), ..policy }),
+        },
+        ON_PARTITION => match value.map(OnPartition::of_name) {
+            Some(None) => Err(FsError::Invalid("reads on a server that is cut off are stale, block or error")),
+            choice => Ok(Policy { on_partition: choice.flatten(), ..policy }),
+        },
+        _ => return None,
+    };
+    Some(changed)
 }
 
 /// Whether programs can ask for, set and remove an attribute of this name.
@@ -36,7 +55,8 @@ fn check_name(name: &[u8]) -> Result<(), FsError> {
 }
 
 impl Vfs {
-    /// The value of one attribute. `ctfs.durability` is what fsync waits for; `ctfs.files`, `ctfs.directories` and `ctfs.bytes` of a
+    /// The value of one attribute. `ctfs.durability` is what fsync waits for, `ctfs.on-partition` what reads do on a
+    /// server that is cut off; `ctfs.files`, `ctfs.directories` and `ctfs.bytes` of a
     /// directory answer its recursive counts in decimal, `ctfs.quota.bytes` and `ctfs.quota.files` the
     /// limits set on it; they are not listed.
     ///
@@ -46,7 +66,7 @@ impl Vfs {
         if name.starts_with(TRUSTED) && caller.uid != 0 {
             return Err(MetaError::NoSuchXattr.into());
         }
-        self.read(|view| {
+        self.read_of(ino, |view| {
             if let Some(limit) = name.strip_prefix(b"ctfs.quota.") {
                 let quota = view.quota(ino)?;
                 let limit = match limit {
@@ -56,9 +76,11 @@ impl Vfs {
                 };
                 return Ok(limit.ok_or(MetaError::NoSuchXattr)?.to_string().into_bytes());
             }
-            if name == DURABILITY {
+            if name == DURABILITY || name == ON_PARTITION {
                 view.attr_of(ino)?;
-                return Ok(view.durability(ino)?.name().as_bytes().to_vec());
+                let policy = view.policy(ino)?;
+                let value = if name == DURABILITY { policy.durability.name() } else { policy.on_partition.name() };
+                return Ok(value.as_bytes().to_vec());
             }
             if let Some(counter) = name.strip_prefix(b"ctfs.") {
                 let totals = view.totals(ino)?.ok_or(MetaError::NoSuchXattr)?;
@@ -81,7 +103,7 @@ impl Vfs {
 
     /// Names, each ended by NUL, as listxattr(2) wants them.
     pub async fn listxattr(&self, caller: Caller, ino: Ino) -> Result<Vec<u8>, FsError> {
-        self.read(|view| {
+        self.read_of(ino, |view| {
             let names = view.xattr_names(ino)?;
             if names.is_empty() {
                 view.attr_of(ino)?;
@@ -104,9 +126,8 @@ impl Vfs {
         value: &[u8],
         flags: i32,
     ) -> Result<(), FsError> {
-        if name == DURABILITY {
-            let class = Durability::of_name(value).ok_or(FsError::Invalid("a class of durability is local, pair, quorum or all"))?;
-            return self.set_durability(caller, ino, Some(class)).await;
+        if let Some(set) = self.set_policy(caller, ino, name, Some(value)).await {
+            return set;
         }
         self.may_change(caller, name)?;
         let mode = match flags {
@@ -128,8 +149,8 @@ impl Vfs {
     /// # Errors
     /// ENODATA when there is none, unless it is an access control list, as on every Linux file system.
     pub async fn removexattr(&self, caller: Caller, ino: Ino, name: &[u8]) -> Result<(), FsError> {
-        if name == DURABILITY {
-            return self.set_durability(caller, ino, None).await;
+        if let Some(set) = self.set_policy(caller, ino, name, None).await {
+            return set;
         }
         self.may_change(caller, name)?;
         match self.meta.propose(Op::RemoveXattr { ino, name: name.to_vec() }).await {
@@ -138,13 +159,18 @@ impl Vfs {
         }
     }
 
-    /// `None`: as the directories above say.
-    async fn set_durability(&self, caller: Caller, dir: Ino, durability: Option<Durability>) -> Result<(), FsError> {
-        if caller.uid != 0 {
-            return Err(FsError::NotPermitted);
-        }
-        let policy = self.meta.replica().read().policy(dir)?;
-        self.meta.propose(Op::SetPolicy { ino: dir, policy: Policy { durability, ..policy } }).await.map(drop)
+    /// Answers `None` for an attribute that is no policy.
+    async fn set_policy(&self, caller: Caller, dir: Ino, name: &[u8], value: Option<&[u8]>) -> Option<Result<(), FsError>> {
+        let before = self.meta.replica().read().policy(dir);
+        let policy = match before {
+            Ok(policy) => with_policy(policy, name, value)?,
+            Err(error) => with_policy(Policy::default(), name, value)?.and(Err(error.into())),
+        };
+        Some(match policy {
+            _ if caller.uid != 0 => Err(FsError::NotPermitted),
+            Ok(policy) => self.meta.propose(Op::SetPolicy { ino: dir, policy }).await.map(drop),
+            Err(error) => Err(error),
+        })
     }
 
     /// Takes the capability of a file that is about to be written. For writes that the kernel sends

@@ -1,7 +1,7 @@
 use ctfs_types::{CellSize, Incarnation, Ino, NodeId};
 
 use super::super::harness::{Volume, cluster, identity, member, time, token};
-use crate::{Change, Durability, EffectivePolicy, Member, MemberState, MetaError, Op, Policy, Reply, TokenRecord};
+use crate::{Change, Durability, EffectivePolicy, Member, MemberState, MetaError, OnPartition, Op, Policy, Reply, TokenRecord};
 
 const ROOT: Ino = Ino::ROOT;
 
@@ -130,11 +130,11 @@ fn a_member_can_be_away_and_return() {
 }
 
 fn policy(copies: Option<u8>, cell: Option<u64>) -> Policy {
-    Policy { copies, cell: cell.map(|bytes| CellSize::from_bytes(bytes).expect("a cell size")), durability: None }
+    Policy { copies, cell: cell.map(|bytes| CellSize::from_bytes(bytes).expect("a cell size")), durability: None, on_partition: None }
 }
 
 fn effective(copies: u8, cell: u64) -> EffectivePolicy {
-    EffectivePolicy { copies, cell: CellSize::from_bytes(cell).expect("a cell size"), durability: Durability::Pair }
+    EffectivePolicy { copies, cell: CellSize::from_bytes(cell).expect("a cell size"), durability: Durability::Pair, on_partition: OnPartition::Stale }
 }
 
 #[test]

@@ -23,7 +23,7 @@ use ctfs_types::{FileBytes, LogIndex,
 use parking_lot::{Mutex, RwLock};
 
 use crate::{
-    ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, Pages, Request, SpaceReport, content::Around,
+    ChunkAccess, Content, ContentSettings, FsError, Holders, Metadata, Pages, Request, SpaceReport, content::Around, partition::Partition,
 };
 
 pub const CELL: u64 = 256 << 10;
@@ -185,7 +185,8 @@ impl Cluster {
 
     fn server_over(self: &Arc<Self>, tier: CacheTier, dir: tempfile::TempDir, settings: ContentSettings) -> Server {
         let access = Arc::new(Access { cluster: self.clone() });
-        let around = Around { meta: access.clone(), chunks: access.clone(), holders: access, waits: Arc::default() };
+        let partition = Partition::new(access.clone(), tokio::runtime::Handle::current());
+        let around = Around { meta: access.clone(), chunks: access.clone(), holders: access, waits: Arc::default(), partition };
         let content = Arc::new(Content::new(around, tier, settings));
         self.servers.lock().push(Arc::downgrade(&content));
         Server { content, dir }

@@ -192,6 +192,12 @@ impl MemoryMeta {
         self.cut_off.store(true, Ordering::SeqCst);
     }
 
+    /// The others answer again, and it has a lease.
+    pub fn is_back(&self) {
+        self.cut_off.store(false, Ordering::SeqCst);
+        self.leased.store(true, Ordering::SeqCst);
+    }
+
     /// Proposes for this server what no operation of the file system does.
     pub async fn propose_op(&self, op: Op) -> Result<Reply, FsError> {
         let seq = self.cluster.requests.fetch_add(1, Ordering::SeqCst) + 1;

@@ -6,6 +6,7 @@ mod claims;
 mod delegations;
 mod locks;
 mod model;
+mod partition;
 mod quotas;
 mod rights;
 mod sharing;
