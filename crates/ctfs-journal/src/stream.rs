@@ -225,7 +225,7 @@ impl Carrier {
             Some(records) => records,
             None => {
                 let journal = self.journal.clone();
-                let read = tokio::task::spawn_blocking(move || journal.read(from, bytes));
+                let read = ctfs_host::blocking(move || journal.read(from, bytes));
                 read.await.map_err(|_| JournalError::Closed)??
             }
         };
