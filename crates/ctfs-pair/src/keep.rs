@@ -6,7 +6,10 @@ use async_trait::async_trait;
 use ctfs_consensus::{JournalCopy, Second};
 use ctfs_journal::{Batch, Journal, JournalId, Position, Stream, StreamSettings, StreamState, Transport, TransportError};
 use ctfs_meta::Op;
-use ctfs_types::{Holder, Incarnation, NodeId};
+use ctfs_types::{
+    Holder, Incarnation, NodeId,
+    rules::{Rule, keeps},
+};
 use tokio::time::Instant;
 
 use crate::{Pairs, Peers, TICK};
@@ -132,11 +135,16 @@ impl<'a> Keeper<'a> {
     /// Sends it the journal, and when it has what there is, says so to everybody.
     async fn pair_with(&self, to: NodeId) -> Result<Arc<Copy>, String> {
         let copy = Copy::start(self.pairs.peers.clone(), self.journal.clone(), to);
-        let upto = self.journal.depth().appended;
-        match tokio::time::timeout(CATCH_UP_MAX, copy.stream.durable_at(upto)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(end)) => return Err(end.to_string()),
-            Err(_) => return Err("it does not keep up".to_owned()),
+        if keeps(Rule::PairHasAll) {
+            let upto = self.journal.depth().appended;
+            match tokio::time::timeout(CATCH_UP_MAX, copy.stream.durable_at(upto)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(end)) => return Err(end.to_string()),
+                Err(_) => return Err("it does not keep up".to_owned()),
+            }
+        }
+        if !keeps(Rule::PairIsRecorded) {
+            return Ok(copy);
         }
         let life = Holder { node: self.pairs.node(), incarnation: self.life };
         match self.pairs.consensus.propose(Op::SetPair { life, pair: Some(to) }).await {

@@ -6,9 +6,9 @@ use ctfs_types::{Ino, NodeId};
 
 use crate::{
     invariants::{holders::Listener, names, replicas},
-    network::Weather,
+    network::{Filter, Weather},
     programs::{self, Care, NamePair},
-    server::Server,
+    server::{Server, metadata::service},
     sim::{End, Pending, Sim},
 };
 
@@ -50,6 +50,8 @@ struct Faults {
     clocks: bool,
     slow_disks: bool,
     stuck_kernels: bool,
+    /// What is sent to copies of journals, or their answers, comes late or not at all.
+    slow_pairs: bool,
     /// A server goes for good.
     loss: bool,
 }
@@ -68,6 +70,7 @@ impl Faults {
             clocks: one_in(3),
             slow_disks: one_in(5),
             stuck_kernels: one_in(4),
+            slow_pairs: one_in(3),
             loss: !is_calm && one_in(3),
         };
         let weather = Weather {
@@ -134,6 +137,9 @@ pub fn run(seed: u64, is_loud: bool) -> Outcome {
         sim.run_for(FENCED);
     }
     let mut wrong = heal(&mut sim, &programs);
+    if wrong.is_empty() {
+        wrong = take_over(&mut sim);
+    }
     if wrong.is_empty() {
         wrong = look_at_the_end(&mut sim, &stage);
     }
@@ -279,9 +285,11 @@ fn rage(sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId
         let when = sim.now() + Duration::from_millis(sim.chance.between(3_000, 12_000));
         let node = *sim.chance.pick(&sim.nodes());
         lost = Some(node);
-        // It is cut off for a moment before it goes: what it did last nobody else has.
+        // It is cut off for a moment before it goes: what it did last nobody else has, or one.
         let cut_off = Duration::from_millis(sim.chance.between(100, 2_500));
-        later.entry(when).or_default().push(Later::CutOff(node));
+        let others: Vec<NodeId> = sim.nodes().into_iter().filter(|other| *other != node).collect();
+        let hears = if sim.chance.strikes(500) { Some(*sim.chance.pick(&others)) } else { None };
+        later.entry(when).or_default().push(Later::CutOff { node, hears });
         later.entry(when + cut_off).or_default().push(Later::Lose(node));
     }
     while sim.now() < stage.until {
@@ -314,7 +322,8 @@ enum Later {
     Start(NodeId),
     Unstick(NodeId),
     FastDisks,
-    CutOff(NodeId),
+    /// From all but one.
+    CutOff { node: NodeId, hears: Option<NodeId> },
     /// For good.
     Lose(NodeId),
 }
@@ -334,7 +343,10 @@ impl Later {
                 }
             }
             Self::Unstick(node) => sim.look_at_kernel(node, |kernel| kernel.stick(false)),
-            Self::CutOff(node) => sim.isolate(node),
+            Self::CutOff { node, hears } => {
+                let others: Vec<NodeId> = sim.nodes().into_iter().filter(|other| *other != node && Some(*other) != hears).collect();
+                sim.part(&[node], &others);
+            }
             Self::Lose(node) => {
                 sim.end(node, End::PowerCut);
                 sim.wipe(node);
@@ -352,7 +364,7 @@ fn strike(sim: &mut Sim, faults: Faults) -> Option<(Duration, Later)> {
     let node = *sim.chance.pick(&nodes);
     let short = Duration::from_millis(sim.chance.between(100, 4_000));
     let long = Duration::from_millis(sim.chance.between(100, 14_000));
-    let kind = sim.chance.below(8);
+    let kind = sim.chance.below(9);
     match kind {
         0 if faults.cuts => {
             sim.isolate(node);
@@ -395,6 +407,13 @@ fn strike(sim: &mut Sim, faults: Faults) -> Option<(Duration, Later)> {
             sim.look_at_kernel(node, |kernel| kernel.stick(true));
             Some((short, Later::Unstick(node)))
         }
+        8 if faults.slow_pairs => {
+            let late_by = if sim.chance.strikes(500) { Some(short) } else { None };
+            let (left, answers) = (sim.chance.between(1, 300) as u32, sim.chance.strikes(300));
+            let (from, to) = if answers { (Some(node), None) } else { (None, Some(node)) };
+            sim.shared.wires.lock().filters.push(Filter { from, to, service: service::JOURNAL, answers, left, late_by });
+            Some((long, Later::Heal))
+        }
         _ => None,
     }
 }
@@ -416,6 +435,24 @@ fn heal(sim: &mut Sim, programs: &[(NodeId, Pending<()>)]) -> Vec<String> {
     let stuck = programs.iter().filter(|(node, program)| sim.is_running(*node) && !program.is_done() && !program.is_lost());
     wrong.extend(stuck.map(|(node, _)| format!("a program on s{} waits {HEAL:?} after the last fault", node.0)));
     wrong
+}
+
+/// What lives left that ended is sent by whoever has it.
+fn take_over(sim: &mut Sim) -> Vec<String> {
+    let deadline = sim.now() + HEAL;
+    let node = sim.leader();
+    loop {
+        let left = sim.look(node, |server| {
+            let replica = server.metadata.replica.read();
+            let members = replica.members().unwrap_or_default();
+            members.iter().flat_map(|member| replica.left_to(member.node).unwrap_or_default()).collect::<Vec<_>>()
+        });
+        match left.unwrap_or_default() {
+            left if left.is_empty() => return Vec::new(),
+            left if sim.now() > deadline => return vec![format!("what {left:?} left is not sent {HEAL:?} after the last fault")],
+            _ => sim.run_for(Duration::from_millis(200)),
+        }
+    }
 }
 
 /// What every server shows in the end.

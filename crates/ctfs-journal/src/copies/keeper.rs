@@ -8,7 +8,10 @@ use std::{
 };
 
 use ctfs_host::Worker;
-use ctfs_types::codec;
+use ctfs_types::{
+    codec,
+    rules::{Rule, keeps},
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{Receiver, error::TryRecvError};
 use tracing::{error, info};
@@ -268,7 +271,7 @@ impl Keeper {
         }
         let incarnation = before.map_or(0, |fence| fence.incarnation).max(id.incarnation.0);
         let fence = Fence { node: id.node.0, incarnation, epoch };
-        if before != Some(fence) {
+        if before != Some(fence) && keeps(Rule::FencedBeforeRead) {
             self.fences.insert(fence.node, fence);
             let fences: Vec<Fence> = self.fences.values().copied().collect();
             if let Err(why) = replace(&*self.disk, &self.root, FENCES, &seal_fences(self.cluster, &fences)) {
