@@ -162,7 +162,7 @@ impl<'a> Keeper<'a> {
         let mut state = copy.stream.watch();
         let mut progress = (Position::NONE, Instant::now());
         loop {
-            let StreamState { durable, trouble, ended } = state.borrow_and_update().clone();
+            let StreamState { durable, trouble, ended, .. } = state.borrow_and_update().clone();
             let now = Instant::now();
             if durable > progress.0 || durable >= self.journal.depth().appended {
                 progress = (durable, now);
