@@ -149,6 +149,7 @@ mod scenarios {
         scenario_7_a_grant_drops_what_others_keep: "a-grant-forgets-who-cached",
         scenario_9_a_life_that_ended_changes_nothing: "commands-after-the-end",
         scenario_9_nothing_is_free_before_it_is_sent: "free-before-it-is-sent",
+        scenario_9_what_an_ended_life_is_refused_its_pair_may_send: "a-command-between-end-and-take-over",
         scenario_9_a_copy_that_was_read_takes_nothing_more: "more-after-the-copy-was-read",
         scenario_10_a_stale_copy_takes_nothing_back: "a-stale-copy-takes-over",
         scenario_10_a_pair_counts_when_the_log_names_it: "a-pair-nobody-knows-of",

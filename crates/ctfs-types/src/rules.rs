@@ -28,6 +28,8 @@ pub enum Rule {
     EndedLivesAreRefused,
     /// 9: what a life held is free when all that it left was sent, and not before.
     HeldUntilSent,
+    /// 9: what a life is refused because it was ended may still be sent by who takes over.
+    RefusalsAreForgotten,
     /// 9: a copy takes nothing more before it is read.
     FencedBeforeRead,
     /// 10: what the metadata have is not sent over newer bytes.
@@ -55,7 +57,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::NoticesWaitForNoLock,
         Self::AnswersWaitForLeases,
         Self::ReadsWaitForVisible,
@@ -67,6 +69,7 @@ impl Rule {
         Self::TakingDropsCaches,
         Self::EndedLivesAreRefused,
         Self::HeldUntilSent,
+        Self::RefusalsAreForgotten,
         Self::FencedBeforeRead,
         Self::NotedIsNotSent,
         Self::PairIsRecorded,

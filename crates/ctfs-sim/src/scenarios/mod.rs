@@ -3,7 +3,7 @@
 //! A scenario is a script that brings a careless version into the trap and says what is wrong; with its
 //! rule taken out it must find something. The rules are those of [`ctfs_types::rules`]. Numbers are those of
 //! the notes; not here are those that the product has no code for yet (3: stores through mappings, 8:
-//! snapshots, 10: copies of the journal, 15: chunks that journals name).
+//! snapshots, 15: chunks that journals name).
 
 mod ahead;
 mod leases;
@@ -42,6 +42,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { number: 7, name: "a-grant-forgets-who-cached", rule: Rule::TakingDropsCaches, script: ahead::a_grant_forgets_who_cached },
     Scenario { number: 9, name: "commands-after-the-end", rule: Rule::EndedLivesAreRefused, script: lives::commands_after_the_end },
     Scenario { number: 9, name: "free-before-it-is-sent", rule: Rule::HeldUntilSent, script: pairs::free_before_it_is_sent },
+    Scenario { number: 9, name: "a-command-between-end-and-take-over", rule: Rule::RefusalsAreForgotten, script: pairs::a_command_between_end_and_take_over },
     Scenario { number: 9, name: "more-after-the-copy-was-read", rule: Rule::FencedBeforeRead, script: pairs::more_after_the_copy_was_read },
     Scenario { number: 10, name: "a-stale-copy-takes-over", rule: Rule::NotedIsNotSent, script: pairs::a_stale_copy_takes_over },
     Scenario { number: 10, name: "a-pair-nobody-knows-of", rule: Rule::PairIsRecorded, script: pairs::a_pair_nobody_knows_of },
