@@ -158,6 +158,7 @@ mod scenarios {
         scenario_12_a_request_asked_twice_happens_once: "a-request-asked-twice",
         scenario_13_a_new_life_forgets_old_pages: "a-new-life-with-old-pages",
         scenario_14_who_lost_a_lock_writes_no_more: "two-lock-holders",
+        scenario_15_no_journal_alone_names_a_chunk: "a-chunk-that-a-journal-names",
         scenario_16_who_lost_its_log_votes_not: "a-wiped-server-votes",
         scenario_17_a_suspended_machine_reads_nothing_old: "a-suspended-machine",
         scenario_18_who_is_taken_back_reads_nothing_old: "readmission",

@@ -46,6 +46,8 @@ pub enum Rule {
     NewLifeForgets,
     /// 14: handles through which locks were lost are dead.
     LostLocksEndHandles,
+    /// 15: what names a chunk goes through the log, and is not in a journal alone.
+    ChunksAreNamedInLog,
     /// 16: who lost its log does not vote on.
     LostLogVotesNot,
     /// 17: a lease ends also while the machine is suspended.
@@ -57,7 +59,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::NoticesWaitForNoLock,
         Self::AnswersWaitForLeases,
         Self::ReadsWaitForVisible,
@@ -78,6 +80,7 @@ impl Rule {
         Self::RequestsHappenOnce,
         Self::NewLifeForgets,
         Self::LostLocksEndHandles,
+        Self::ChunksAreNamedInLog,
         Self::LostLogVotesNot,
         Self::LeasesCountSuspend,
         Self::ReadmissionCatchesUp,

@@ -3,7 +3,7 @@
 //! A scenario is a script that brings a careless version into the trap and says what is wrong; with its
 //! rule taken out it must find something. The rules are those of [`ctfs_types::rules`]. Numbers are those of
 //! the notes; not here are those that the product has no code for yet (3: stores through mappings, 8:
-//! snapshots, 15: chunks that journals name).
+//! snapshots).
 
 mod ahead;
 mod leases;
@@ -51,6 +51,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { number: 12, name: "a-request-asked-twice", rule: Rule::RequestsHappenOnce, script: lives::a_request_asked_twice },
     Scenario { number: 13, name: "a-new-life-with-old-pages", rule: Rule::NewLifeForgets, script: lives::a_new_life_with_old_pages },
     Scenario { number: 14, name: "two-lock-holders", rule: Rule::LostLocksEndHandles, script: lives::two_lock_holders },
+    Scenario { number: 15, name: "a-chunk-that-a-journal-names", rule: Rule::ChunksAreNamedInLog, script: pairs::a_chunk_that_a_journal_names },
     Scenario { number: 16, name: "a-wiped-server-votes", rule: Rule::LostLogVotesNot, script: lives::a_wiped_server_votes },
     Scenario { number: 17, name: "a-suspended-machine", rule: Rule::LeasesCountSuspend, script: leases::a_suspended_machine },
     Scenario { number: 18, name: "readmission", rule: Rule::ReadmissionCatchesUp, script: leases::readmission },

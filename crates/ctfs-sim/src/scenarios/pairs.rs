@@ -1,4 +1,4 @@
-//! Journals and their copies at a pair: 4, 9, 10.
+//! Journals and their copies at a pair: 4, 9, 10, 15.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use ctfs_types::{Ino, NodeId};
 
 use super::{ahead::held, begin, claim, millis, node, seconds, verdict};
 use crate::{
+    chunks::PINNED_FOR,
     invariants::fsync::content,
     network::Filter,
     programs::Care,
@@ -234,6 +235,27 @@ pub fn a_pair_without_the_journal(seed: u64) -> Result<(), String> {
     sim.heal();
     let read = read_at(&mut sim, LEADER, file);
     claim(is_version(read.as_deref(), 1), "what the pair had is gone with one server, because another was named that had nothing")?;
+    verdict(&sim)
+}
+
+/// A file is flushed where its server acts ahead of the log. If only the journal names its chunk then, nobody
+/// keeps it: the server is lost, and its pair is away for longer than chunks are pinned.
+pub fn a_chunk_that_a_journal_names(seed: u64) -> Result<(), String> {
+    let mut sim = paired(seed, 5);
+    let (_, file) = held_file(&mut sim);
+    sync_by_journal(&mut sim, file, 1);
+    // From here on nothing that happens there gets into the log.
+    let forward = Filter { from: Some(WRITER), to: None, service: FORWARD, answers: false, left: u32::MAX, late_by: None };
+    sim.shared.wires.lock().filters.push(forward);
+    drop(sim.spawn(WRITER, |server| async move { server.vfs.flush_all().await.is_ok() }));
+    sim.run_for(millis(500));
+    sim.end(PAIR, End::PowerCut);
+    lose(&mut sim, WRITER);
+    sim.run_for(PINNED_FOR + seconds(15));
+    sim.start(PAIR);
+    sim.ready(PAIR);
+    let read = read_at(&mut sim, LEADER, file);
+    claim(is_version(read.as_deref(), 1), "a chunk was dropped that only a journal named, and with it what fsync had acknowledged")?;
     verdict(&sim)
 }
 

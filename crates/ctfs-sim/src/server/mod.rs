@@ -1,6 +1,7 @@
 //! One server: the real consensus and the real file system, wired as `ctfs-node` does it, between a
 //! simulated network, disk and kernel.
 
+pub mod care;
 pub mod kernel;
 pub mod life;
 pub mod metadata;
@@ -33,7 +34,7 @@ use self::{
 };
 use crate::{
     CrashDisk,
-    chunks::ReachedChunks,
+    chunks::{PINNED_FOR, ReachedChunks},
     network::{Content, Link, Packet},
     shared::Shared,
 };
@@ -205,6 +206,7 @@ pub async fn run(start: Start, mut inputs: mpsc::UnboundedReceiver<Input>) {
         delegations: DelegationSettings { takes: true, ..DelegationSettings::default() },
         ..VfsSettings::default()
     };
+    vfs_settings.content.put_age_max = PINNED_FOR / 2;
     adjust(&mut settings, &mut vfs_settings);
     let consensus = Consensus::start(settings, link.clone(), kernel.clone()).await.expect("the storage opens");
     if disks.lives.load(Relaxed) > 1 && !consensus.is_initialized() && keeps(Rule::LostLogVotesNot) {
@@ -229,6 +231,8 @@ pub async fn run(start: Start, mut inputs: mpsc::UnboundedReceiver<Input>) {
     tokio::spawn(life::end_silent(server.clone()));
     tokio::spawn(life::forget_at_lapse(server.clone()));
     tokio::spawn(life::reap(server.clone()));
+    tokio::spawn(care::forget(server.clone()));
+    tokio::spawn(care::drop_unnamed(server.clone()));
     let (keeping, succeeding) = (server.pairs.clone(), server.pairs.clone());
     tokio::spawn(async move { keeping.keep().await });
     tokio::spawn(async move { succeeding.succeed().await });
