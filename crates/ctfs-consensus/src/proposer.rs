@@ -168,11 +168,12 @@ impl Request {
         let started = Instant::now();
         let deadline = started + core.settings.timings.propose_deadline;
         let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
-        let Ok(place) = timeout_at(deadline, core.places.acquire()).await else { return Err(no_quorum()) };
-        let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
+        // Without a place, or those that wait would keep the report from being proposed.
         if is_for_life(&op) && !core.is_reported_by(deadline).await {
             return Err(no_quorum());
         }
+        let Ok(place) = timeout_at(deadline, core.places.acquire()).await else { return Err(no_quorum()) };
+        let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
         self.set_out(&op)?;
         let answered = self.propose_in_order(op, started, deadline).await;
         // Without an answer it may happen at any time, so its inodes stay on the way: what is done to
