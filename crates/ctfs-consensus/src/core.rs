@@ -106,6 +106,8 @@ pub(crate) struct Core {
     pub me: NodeId,
     /// Which life of this server; see [`Self::incarnation`].
     pub life: AtomicU64,
+    /// The last life that was reported and has a journal.
+    pub reported: watch::Sender<Incarnation>,
     /// Microseconds of the slowest round trip measured in this life.
     pub rtt: AtomicU64,
     pub health: Health,

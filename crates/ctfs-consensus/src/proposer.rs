@@ -17,7 +17,7 @@ use std::{
 
 use ctfs_meta::{About, Command, MetaError, Op, Reply};
 use ctfs_types::{
-    Ino, NodeId, RequestId, Timestamp, codec,
+    Incarnation, Ino, NodeId, RequestId, Timestamp, codec,
     rules::{Rule, keeps},
 };
 use openraft::error::ClientWriteError;
@@ -168,6 +168,10 @@ impl Request {
         let started = Instant::now();
         let deadline = started + core.settings.timings.propose_deadline;
         let no_quorum = || ProposeError::NoQuorum { waited: started.elapsed() };
+        // Without a place, or those that wait would keep the report from being proposed.
+        if is_for_life(&op) && !core.is_reported_by(deadline).await {
+            return Err(no_quorum());
+        }
         let Ok(place) = timeout_at(deadline, core.places.acquire()).await else { return Err(no_quorum()) };
         let _place = place.map_err(|_| ProposeError::Stopped("this server is shutting down".to_owned()))?;
         self.set_out(&op)?;
@@ -257,7 +261,24 @@ impl Request {
     }
 }
 
+/// Whether a life has something from it that is free when the life ends. Whoever ends lives knows those that were
+/// reported: what an earlier one gets stays for ever, if it ends before.
+fn is_for_life(op: &Op) -> bool {
+    match op {
+        Op::Make { node, .. } => node.holder.is_some(),
+        Op::Own { .. } | Op::Lock { .. } | Op::AwaitLock { .. } => true,
+        _ => false,
+    }
+}
+
 impl Core {
+    /// Waits until the present life is reported; `false`: it was not by then.
+    async fn is_reported_by(&self, deadline: Instant) -> bool {
+        let mut reported = self.reported.subscribe();
+        let is_this = |life: &Incarnation| *life == self.incarnation();
+        !self.settings.acts_ahead || matches!(timeout_at(deadline, reported.wait_for(is_this)).await, Ok(Ok(_)))
+    }
+
     pub async fn propose(self: &Arc<Self>, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
         Request::new(self.clone()).propose(op).await
     }

@@ -90,6 +90,7 @@ impl Consensus {
         let core = Arc::new(Core {
             me: settings.node,
             life: AtomicU64::new(settings.incarnation.0),
+            reported: watch::Sender::new(Incarnation(0)),
             rtt: AtomicU64::new(0),
             health: storage.health,
             raft: raft.clone(),
@@ -202,9 +203,12 @@ impl Consensus {
         self.core.close_ahead(dirs);
     }
 
-    /// From here on what happens here is written down there; without a journal nothing does.
+    /// The life was reported: from here on what happens here is written down there. Without a journal nothing
+    /// does, and where this server may act ahead of the log it holds and locks nothing.
     pub fn set_journal(&self, journal: Arc<Journal>) {
+        let life = journal.id().incarnation;
         self.core.stream.set_journal(journal);
+        self.core.reported.send_replace(life);
     }
 
     /// From here on what shall be on two disks is on this server's and on that one's.

@@ -12,7 +12,10 @@ use std::{
 
 use ctfs_journal::{Journal, Position};
 use ctfs_meta::Durability;
-use ctfs_types::{FileBytes, Ino};
+use ctfs_types::{
+    FileBytes, Ino,
+    rules::{Rule, keeps},
+};
 use tokio::time::timeout;
 
 use crate::{core::Core, error::ProposeError, record, second::Second};
@@ -116,7 +119,7 @@ impl Core {
         let here = async { journal.durable(upto).await.is_ok() };
         let there = async {
             match (class, &second) {
-                (Durability::Pair, Second::Copy(copy)) => copy.id() == journal.id() && copy.durable_at(upto).await,
+                (Durability::Pair, Second::Copy(copy)) if keeps(Rule::FsyncWaitsForPair) => copy.id() == journal.id() && copy.durable_at(upto).await,
                 _ => true,
             }
         };

@@ -12,12 +12,9 @@
 
 pub(crate) mod keeper;
 
-use std::{
-    path::Path,
-    sync::Arc,
-    thread::{self, JoinHandle},
-};
+use std::{path::Path, sync::Arc};
 
+use ctfs_host::Thread;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
@@ -123,7 +120,7 @@ type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
 /// All copies of this server. Dropping it waits for what was begun.
 pub struct Copies {
     requests: Option<mpsc::Sender<Request>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread>,
 }
 
 impl Copies {
@@ -135,9 +132,9 @@ impl Copies {
         cluster: [u8; 16],
         settings: CopySettings,
     ) -> Result<Self, JournalError> {
-        let keeper = Keeper::open(disk, root, cluster, settings)?;
         let (requests, inbox) = mpsc::channel(INBOX);
-        let thread = thread::Builder::new().name("ctfs-copies".into()).spawn(move || keeper.run(inbox));
+        let keeper = Keeper::open(disk, root, cluster, settings, inbox)?;
+        let thread = Thread::start("ctfs-copies", keeper);
         let thread = thread.map_err(|source| JournalError::io("start the thread of", root, source))?;
         Ok(Self { requests: Some(requests), thread: Some(thread) })
     }
@@ -183,7 +180,7 @@ impl Drop for Copies {
     fn drop(&mut self) {
         self.requests = None;
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            thread.join();
         }
     }
 }

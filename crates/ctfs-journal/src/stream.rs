@@ -74,6 +74,8 @@ pub enum End {
 /// How far the copy is.
 #[derive(Debug, Clone, Default)]
 pub struct StreamState {
+    /// The copy has answered: it is there, also where nothing is in it.
+    pub is_there: bool,
     /// What the copy said last. Less than before if it has lost what it had.
     pub durable: Position,
     /// What went wrong last, since nothing went right.
@@ -99,12 +101,12 @@ impl Stream {
         self.state.clone()
     }
 
-    /// Waits until the copy has all records up to `position` on its disk. How long is the caller's
+    /// Waits until there is a copy and has all records up to `position` on its disk. How long is the caller's
     /// to bound: a pair may never come back. Once the life is fenced or the copy has diverged,
     /// earlier positions are refused too.
     pub async fn durable_at(&self, position: Position) -> Result<(), End> {
         let mut state = self.state.clone();
-        let now = state.wait_for(|state| state.durable >= position || state.ended.is_some()).await;
+        let now = state.wait_for(|state| state.is_there && state.durable >= position || state.ended.is_some()).await;
         match now {
             Ok(state) => match &state.ended {
                 None => Ok(()),
@@ -176,11 +178,11 @@ impl Carrier {
     fn answered(&mut self, has: Position) {
         self.next = Some(has.next());
         self.state.send_if_modified(|state| {
-            let news = state.durable != has || state.trouble.is_some();
+            let news = !state.is_there || state.durable != has || state.trouble.is_some();
             if has < state.durable {
                 warn!(journal = %self.journal.id(), before = %state.durable, %has, "the copy lost records it had");
             }
-            (state.durable, state.trouble) = (has, None);
+            (state.is_there, state.durable, state.trouble) = (true, has, None);
             news
         });
     }
@@ -225,7 +227,7 @@ impl Carrier {
             Some(records) => records,
             None => {
                 let journal = self.journal.clone();
-                let read = tokio::task::spawn_blocking(move || journal.read(from, bytes));
+                let read = ctfs_host::blocking(move || journal.read(from, bytes));
                 read.await.map_err(|_| JournalError::Closed)??
             }
         };

@@ -5,11 +5,12 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use ctfs_chunk::{ChunkError, Chunks, PutError};
-use ctfs_consensus::{Consensus, ProposeError};
-use ctfs_meta::{Durability, MetaError, Op, Reply, SharedNamespace, Subject};
+use ctfs_consensus::Consensus;
+use ctfs_meta::{Durability, Op, Reply, SharedNamespace, Subject};
 use ctfs_net::Network;
+use ctfs_pair::no_verdict;
 use ctfs_types::{Attr, ChunkId, FileBytes, Holder, Incarnation, Ino, LogIndex, NodeId};
-use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport, Successor};
+use ctfs_vfs::{ChunkAccess, FsError, Happened, Holders, Metadata, Request, SpaceReport};
 
 use crate::{
     messages::{self, HeldFile, service},
@@ -26,39 +27,13 @@ pub struct ReplicatedMetadata {
     pub node: NodeId,
 }
 
-fn no_quorum(error: ProposeError) -> FsError {
-    match error {
-        ProposeError::NoQuorum { waited } => FsError::NoQuorum { waited },
-        ProposeError::Stopped(_) => FsError::Shutdown,
-        ProposeError::NoSpace => FsError::NoSpace,
-        ProposeError::LifeEnded => FsError::Meta(MetaError::StaleIncarnation),
-        other => {
-            tracing::warn!(error = %other, "a command found no verdict");
-            FsError::NoQuorum { waited: Duration::ZERO }
-        }
-    }
-}
-
 /// A request to the replicated log.
 struct Agreed(ctfs_consensus::Request);
 
 #[async_trait]
 impl Request for Agreed {
     async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        self.0.propose(op).await.map_err(no_quorum)?.map_err(FsError::Meta)
-    }
-}
-
-/// Commands in the name of a life that has ended.
-pub struct InTheNameOf {
-    pub consensus: Consensus,
-    pub life: Incarnation,
-}
-
-#[async_trait]
-impl Successor for InTheNameOf {
-    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        self.consensus.propose_left(self.life, op).await.map_err(no_quorum)?.map_err(FsError::Meta)
+        self.0.propose(op).await.map_err(no_verdict)?.map_err(FsError::Meta)
     }
 }
 
@@ -84,7 +59,7 @@ impl Metadata for ReplicatedMetadata {
     }
 
     async fn settled(&self) -> Result<(), FsError> {
-        self.consensus.await_streamed().await.map_err(no_quorum)
+        self.consensus.await_streamed().await.map_err(no_verdict)
     }
 
     fn write_down(&self, bytes: &FileBytes) -> Option<u64> {
@@ -104,11 +79,11 @@ impl Metadata for ReplicatedMetadata {
     }
 
     async fn durable(&self, class: Durability) -> Result<bool, FsError> {
-        self.consensus.durable(class).await.map_err(no_quorum)
+        self.consensus.durable(class).await.map_err(no_verdict)
     }
 
     async fn barrier(&self) -> Result<(), FsError> {
-        self.consensus.barrier().await.map_err(no_quorum)
+        self.consensus.barrier().await.map_err(no_verdict)
     }
 
     fn node(&self) -> NodeId {
@@ -132,7 +107,7 @@ impl Metadata for ReplicatedMetadata {
     }
 
     async fn await_visible(&self, index: LogIndex) -> Result<(), FsError> {
-        self.consensus.await_visible(index).await.map_err(no_quorum)
+        self.consensus.await_visible(index).await.map_err(no_verdict)
     }
 }
 

@@ -202,7 +202,7 @@ impl Node {
         }
         let depth = self.consensus.journal_depth().unwrap_or_default();
         let journal = JournalReport {
-            pair: self.pair.borrow().and_then(name_of),
+            pair: self.pairs.pair().and_then(name_of),
             alone: members.len() == 1,
             records: depth.records,
             bytes: ByteSize(depth.bytes),

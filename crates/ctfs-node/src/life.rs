@@ -97,8 +97,7 @@ pub async fn outlive(node: Arc<Node>) {
         }
         node.vfs.lost(lost.into_iter().map(|command| command.op));
         node.consensus.lost_is_told();
-        node.journal.send_replace(None);
-        node.pair.send_replace(None);
+        node.pairs.journal_ended();
         // Its thread ends before the next life reads what is in it.
         let closed = tokio::task::spawn_blocking(move || journal.map_or(Ok(()), |journal| journal.close())).await;
         if let Ok(Err(error)) = closed {

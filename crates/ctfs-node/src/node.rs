@@ -15,9 +15,10 @@ use ctfs_chunk::{
 };
 use ctfs_consensus::Consensus;
 use ctfs_fuse::{Mount, MountSettings};
-use ctfs_journal::{Copies, CopySettings, Journal, SystemDisk};
+use ctfs_journal::{Copies, CopySettings, Settings as JournalSettings, SystemDisk};
 use ctfs_meta::{ClusterIdentity, Member, MemberState, MetaError, Op, Policy};
 use ctfs_net::{Authority, Identity, NetSettings, Network, PeerInfo};
+use ctfs_pair::{Journals, Pairs, ReplayError};
 use ctfs_types::{Incarnation, Ino, NodeId, Timestamp};
 use ctfs_vfs::{DelegationSettings, Vfs, VfsSettings};
 use parking_lot::Mutex;
@@ -25,7 +26,6 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     stop,
-    journal::{Journals, ReplayError},
     access::{ClusterChunks, PeerHolders, ReplicatedMetadata},
     collect::Collector,
     events::Events,
@@ -33,7 +33,7 @@ use crate::{
     life,
     members::Membership,
     messages::{JoinReply, JoinRequest},
-    pair,
+    pairs::PairPeers,
     peers::Peers,
     problem::{Code, Problem},
     repair::Repair,
@@ -58,13 +58,8 @@ const REPLAY_PAUSE: Duration = Duration::from_secs(1);
 
 /// A running server.
 pub struct Node {
-    journals: Journals,
-    /// The journal of the present life.
-    pub(crate) journal: watch::Sender<Option<(Incarnation, Arc<Journal>)>>,
-    /// The server that has it, too, while it keeps up.
-    pub(crate) pair: watch::Sender<Option<NodeId>>,
-    /// Those of other servers, of which this is the pair.
-    pub(crate) copies: Arc<Copies>,
+    /// The journals of this server's lives, and the copies of others'.
+    pub(crate) pairs: Arc<Pairs>,
     pub(crate) settings: NodeSettings,
     pub(crate) state: Arc<StateDir>,
     pub(crate) id: NodeId,
@@ -192,6 +187,21 @@ impl Node {
         events.tell_vfs(vfs.clone());
         services.serve_vfs(vfs.clone());
 
+        let disk = Arc::new(SystemDisk);
+        let journals = Journals {
+            disk: disk.clone(),
+            root: state.join("journal"),
+            cluster: record.identity.id,
+            node: id,
+            settings: JournalSettings::default(),
+        };
+        let copies = Copies::open(disk, &state.join("copies"), record.identity.id, CopySettings::default())
+            .map_err(|error| Problem::metadata(&format!("the copies of journals cannot be read: {error}")))?;
+        let copies = Arc::new(copies);
+        let pair_peers = Arc::new(PairPeers { network: network.clone() });
+        let pairs = Pairs::new(journals, consensus.clone(), vfs.clone(), copies, pair_peers, events.members());
+        services.serve_pairs(pairs.clone());
+
         let repair = Repair::new(consensus.clone(), store.clone(), chunks.clone());
         figures.watch_repair(repair.clone());
         events.tell_repair(repair.clone());
@@ -199,16 +209,8 @@ impl Node {
         let doorman = Arc::new(Doorman::new(consensus.clone(), authority));
         services.serve_cluster(doorman.clone(), membership.clone(), figures.clone());
 
-        let journals = Journals::new(state.join("journal"), record.identity.id, id);
-        let copies = Copies::open(Arc::new(SystemDisk), &state.join("copies"), record.identity.id, CopySettings::default())
-            .map_err(|error| Problem::metadata(&format!("the copies of journals cannot be read: {error}")))?;
-        let copies = Arc::new(copies);
-        services.serve_copies(copies.clone());
         let node = Arc::new(Self {
-            journals,
-            journal: watch::Sender::new(None),
-            pair: watch::Sender::new(None),
-            copies,
+            pairs,
             doorman,
             settings,
             state,
@@ -258,7 +260,7 @@ impl Node {
             let member = self.member(self.id)?;
             if let Some(member) = member {
                 // Reporting this life ends the last one, and what it left behind.
-                if let Err(error) = self.journals.replay(incarnation, &self.consensus, &self.vfs).await {
+                if let Err(error) = self.pairs.replay(incarnation).await {
                     last = self.not_replayed(error)?;
                     tokio::time::sleep(REPLAY_PAUSE).await;
                     continue;
@@ -310,7 +312,7 @@ impl Node {
         let mut stopping = self.stop.subscribe();
         loop {
             let Ok(Some(member)) = self.member(self.id) else { return };
-            if let Err(error) = self.journals.replay(incarnation, &self.consensus, &self.vfs).await {
+            if let Err(error) = self.pairs.replay(incarnation).await {
                 match self.not_replayed(error) {
                     Ok(problem) => tracing::debug!(why = problem.why, "an earlier life is not in the log yet"),
                     Err(problem) => return self.end(problem),
@@ -352,10 +354,7 @@ impl Node {
 
     /// From here on this server may act ahead of the log, where it alone may change something.
     fn begin_journal(&self, life: Incarnation) -> Result<(), Problem> {
-        let journal = self.journals.begin(life).map_err(|error| Problem::metadata(&error.to_string()))?;
-        self.consensus.set_journal(journal.clone());
-        self.journal.send_replace(Some((life, journal)));
-        Ok(())
+        self.pairs.begin_journal(life).map_err(|error| Problem::metadata(&error.to_string()))
     }
 
     /// From now on an empty log is a lost one.
@@ -497,8 +496,20 @@ impl Node {
         self.spawn(life::end_silent(self.clone()));
         self.spawn(life::outlive(self.clone()));
         self.spawn(life::forget_at_lapse(self.clone()));
-        self.spawn(pair::keep(self.clone()));
-        self.spawn(pair::succeed(self.clone()));
+        let (pairs, mut stopping) = (self.pairs.clone(), stop());
+        self.spawn(async move {
+            tokio::select! {
+                () = pairs.keep() => {}
+                () = stop::requested(&mut stopping) => {}
+            }
+        });
+        let (pairs, mut stopping) = (self.pairs.clone(), stop());
+        self.spawn(async move {
+            tokio::select! {
+                () = pairs.succeed() => {}
+                () = stop::requested(&mut stopping) => {}
+            }
+        });
 
         let node = Arc::downgrade(self);
         let (mut members, mut stopping) = (self.events.members(), stop());

@@ -9,10 +9,10 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use ctfs_chunk::{ChunkStore, Chunks, PeerError, wire};
+use ctfs_chunk::{ChunkStore, Chunks, PeerError, wire as chunk_wire};
 use ctfs_consensus::Consensus;
-use ctfs_journal::Copies;
 use ctfs_net::Handler;
+use ctfs_pair::{Pairs, wire};
 use ctfs_types::{ChunkId, NodeId, limits::CHUNK_BYTES_MAX};
 use ctfs_vfs::Vfs;
 use parking_lot::Mutex;
@@ -21,7 +21,6 @@ use crate::{
     join::Doorman,
     members::Membership,
     messages::{self, HeldFile, LIST_MAX, OpenOrphans, service},
-    pair,
     peers::FULL,
     report::Figures,
 };
@@ -35,7 +34,7 @@ pub struct Services {
     consensus: OnceLock<Consensus>,
     chunks: OnceLock<(Arc<ChunkStore>, Chunks)>,
     vfs: OnceLock<Arc<Vfs>>,
-    copies: OnceLock<Arc<Copies>>,
+    pairs: OnceLock<Arc<Pairs>>,
     doorman: OnceLock<Arc<Doorman>>,
     membership: OnceLock<Arc<Membership>>,
     figures: OnceLock<Arc<Figures>>,
@@ -62,8 +61,8 @@ impl Services {
         assert!(self.vfs.set(vfs).is_ok(), "the file system starts once");
     }
 
-    pub fn serve_copies(&self, copies: Arc<Copies>) {
-        assert!(self.copies.set(copies).is_ok(), "the copies of journals start once");
+    pub fn serve_pairs(&self, pairs: Arc<Pairs>) {
+        assert!(self.pairs.set(pairs).is_ok(), "the journals start once");
     }
 
     pub fn serve_cluster(&self, doorman: Arc<Doorman>, membership: Arc<Membership>, figures: Arc<Figures>) {
@@ -127,8 +126,8 @@ impl Handler for Services {
                 Ok(messages::encode(&attr))
             }
             service::JOURNAL => {
-                let (header, batch) = pair::split_call(Bytes::from(payload))?;
-                pair::accept(self.copies.get().ok_or(STARTING)?, from, &header, batch).await
+                let (header, batch) = wire::split_call(Bytes::from(payload))?;
+                self.pairs.get().ok_or(STARTING)?.accept(from, &header, batch).await
             }
             service::REPORT => Ok(messages::encode(&self.figures.get().ok_or(STARTING)?.local())),
             service::REMOVE_MEMBER => {
@@ -142,7 +141,7 @@ impl Handler for Services {
 
     async fn bulk(&self, from: NodeId, service: u16, header: Vec<u8>, body: Bytes) -> Result<(Vec<u8>, Bytes), String> {
         if service == service::JOURNAL_BULK {
-            let answer = pair::accept(self.copies.get().ok_or(STARTING)?, from, &header, body).await?;
+            let answer = self.pairs.get().ok_or(STARTING)?.accept(from, &header, body).await?;
             return Ok((answer, Bytes::new()));
         }
         let (store, chunks) = self.chunks.get().ok_or(STARTING)?;
@@ -151,7 +150,7 @@ impl Handler for Services {
             service::GET_CHUNK => {
                 let store = store.clone();
                 let packed = tokio::task::spawn_blocking(move || {
-                    store.get(&id).map(|chunk| chunk.map(|bytes| wire::pack(&bytes)))
+                    store.get(&id).map(|chunk| chunk.map(|bytes| chunk_wire::pack(&bytes)))
                 })
                 .await
                 .map_err(|error| error.to_string())?
@@ -159,7 +158,7 @@ impl Handler for Services {
                 Ok((Vec::new(), packed.map_or_else(Bytes::new, Bytes::from)))
             }
             service::PUT_CHUNK => {
-                let bytes = wire::unpack(&body, CHUNK_BYTES_MAX).map_err(|error| error.to_string())?;
+                let bytes = chunk_wire::unpack(&body, CHUNK_BYTES_MAX).map_err(|error| error.to_string())?;
                 match chunks.serve_put(id, bytes).await {
                     Ok(()) => Ok((Vec::new(), Bytes::new())),
                     Err(PeerError::Full) => Err(FULL.to_owned()),

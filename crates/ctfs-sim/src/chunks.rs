@@ -1,4 +1,4 @@
-//! The chunk stores of all servers: what was put is synced, and stays with its server.
+//! The chunk stores of all servers: what was put is synced, and stays with its server until it is dropped.
 
 use std::{collections::{BTreeMap, BTreeSet}, sync::Arc, time::Duration};
 
@@ -11,11 +11,33 @@ use crate::shared::Shared;
 
 #[derive(Default)]
 pub struct Chunks {
-    stores: BTreeMap<NodeId, BTreeMap<ChunkId, Bytes>>,
+    stores: BTreeMap<NodeId, BTreeMap<ChunkId, Kept>>,
     lost: BTreeSet<NodeId>,
 }
 
+/// A chunk on one server.
+struct Kept {
+    bytes: Bytes,
+    pinned_until: Duration,
+}
+
+/// A chunk that was put is dropped by nobody for so long. Ten minutes in the product.
+pub const PINNED_FOR: Duration = Duration::from_secs(16);
+
 impl Chunks {
+    /// What a server has and might drop.
+    pub fn unpinned(&self, node: NodeId, now: Duration) -> Vec<ChunkId> {
+        let store = self.stores.get(&node).into_iter().flatten();
+        store.filter(|(_, kept)| kept.pinned_until <= now).map(|(id, _)| *id).collect()
+    }
+
+    /// Drops one, unless it was put again meanwhile; answers whether it did.
+    pub fn delete(&mut self, node: NodeId, id: &ChunkId, now: Duration) -> bool {
+        let Some(store) = self.stores.get_mut(&node) else { return false };
+        let may_go = store.get(id).is_some_and(|kept| kept.pinned_until <= now);
+        may_go && store.remove(id).is_some()
+    }
+
     /// The server's disk is gone for good.
     pub fn lose(&mut self, node: NodeId) {
         self.stores.remove(&node);
@@ -53,7 +75,7 @@ impl ChunkAccess for ReachedChunks {
         self.pause().await;
         let holders: Vec<(NodeId, Bytes)> = {
             let chunks = self.shared.chunks.lock();
-            chunks.stores.iter().filter_map(|(node, store)| Some((*node, store.get(&id)?.clone()))).collect()
+            chunks.stores.iter().filter_map(|(node, store)| Some((*node, store.get(&id)?.bytes.clone()))).collect()
         };
         if holders.is_empty() {
             return Err(FsError::ChunkLost { chunk: id });
@@ -71,9 +93,10 @@ impl ChunkAccess for ReachedChunks {
         if others.len() < COPIES - 1 {
             return Err(FsError::TooFewCopies { wanted: COPIES as u8, synced: 1 });
         }
+        let pinned_until = self.shared.now() + PINNED_FOR;
         let mut chunks = self.shared.chunks.lock();
         for node in others.into_iter().chain([self.me]) {
-            chunks.stores.entry(node).or_default().insert(id, bytes.clone());
+            chunks.stores.entry(node).or_default().insert(id, Kept { bytes: bytes.clone(), pinned_until });
         }
         Ok(id)
     }

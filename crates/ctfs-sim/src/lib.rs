@@ -1,7 +1,7 @@
 //! Several servers of CTFS in one thread, with everything around them simulated from one seed.
 //!
 //! What runs is the product: `ctfs-consensus` with openraft, its log and its leases, `ctfs-vfs` with
-//! delegations and contents, `ctfs-journal`. Simulated are the network ([`network`]), the disks' pace and
+//! delegations and contents, `ctfs-journal`, `ctfs-pair`. Simulated are the network ([`network`]), the disks' pace and
 //! what a loss of power takes ([`machine`], the journal's crash disk), the chunk stores ([`chunks`]), the
 //! kernels ([`server::kernel`]), and time itself ([`sim`]). Each server has a runtime of its own with a
 //! clock that stands still unless the simulation moves it; the simulation runs them in turns of a

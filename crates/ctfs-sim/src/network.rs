@@ -81,6 +81,8 @@ pub struct Wires {
     /// By time of arrival, then in the order of sending.
     under_way: BTreeMap<(Duration, u64), Packet>,
     sent: u64,
+    /// Between two servers, the smaller first; measured when it is asked for first.
+    distances: BTreeMap<(NodeId, NodeId), Duration>,
     waiting: BTreeMap<u64, (NodeId, oneshot::Sender<Result<Vec<u8>, TransportError>>)>,
 }
 
@@ -95,6 +97,7 @@ impl Wires {
             next_call: 0,
             under_way: BTreeMap::new(),
             sent: 0,
+            distances: BTreeMap::new(),
             waiting: BTreeMap::new(),
         }
     }
@@ -121,6 +124,21 @@ impl Wires {
     /// Whether both hear each other.
     pub fn connects(&self, a: NodeId, b: NodeId) -> bool {
         self.is_up(a) && self.is_up(b) && !self.is_cut(a, b) && !self.is_cut(b, a)
+    }
+
+    /// What a server takes for the round trip to another, while both hear each other.
+    pub fn distance(&mut self, from: NodeId, to: NodeId) -> Option<Duration> {
+        if !self.connects(from, to) {
+            return None;
+        }
+        let chance = &mut self.chance;
+        let measured = self.distances.entry((from.min(to), from.max(to)));
+        Some(*measured.or_insert_with(|| Duration::from_micros(chance.between(200, 3_000))))
+    }
+
+    /// From now on both take this for the round trip between them.
+    pub fn set_distance(&mut self, a: NodeId, b: NodeId, distance: Duration) {
+        self.distances.insert((a.min(b), a.max(b)), distance);
     }
 
     /// The server is gone, and who waits for an answer there with it.

@@ -196,7 +196,7 @@ pub async fn ask_appends(server: &Arc<Server>, object: u64, ino: Ino, piece: Opt
     };
     end(server, |history| history.appends.entry(object).or_default(), call, answered, piece.is_none(), "appends", object);
     if piece.is_none() {
-        server.history(|history| history.appends.entry(object).or_default().drop_unsure(call));
+        server.history(|history| history.appends.entry(object).or_default().drop_unsure(call.call));
     }
 }
 
@@ -281,27 +281,38 @@ pub async fn overwrite(server: &Arc<Server>, ino: Ino, until: Duration) {
     server.vfs.release(opened.handle).await;
 }
 
+/// A call that has begun.
+#[derive(Clone, Copy)]
+struct Begun {
+    call: usize,
+    /// Reads that the server had answered from the past.
+    stale_reads: u64,
+}
+
 fn begin<M: Model>(
     server: &Server,
     of: impl FnOnce(&mut History) -> &mut Calls<M>,
     action: M::Action,
-) -> Option<usize> {
+) -> Option<Begun> {
     let now = server.shared.now();
+    let stale_reads = server.vfs.stale_reads();
     let mut history = server.shared.history.lock();
     let calls = of(&mut history);
-    calls.has_room().then(|| calls.begin(now, server.node.0, action))
+    calls.has_room().then(|| Begun { call: calls.begin(now, server.node.0, action), stale_reads })
 }
 
 fn end<M: Model>(
     server: &Server,
     of: impl FnOnce(&mut History) -> &mut Calls<M>,
-    call: usize,
+    Begun { call, stale_reads }: Begun,
     answered: Result<M::Answer, FsError>,
     is_read: bool,
     what: &str,
     object: u64,
 ) {
+    let is_past = is_read && server.vfs.stale_reads() != stale_reads;
     match &answered {
+        Ok(answer) if is_past => server.note(format_args!("{what} {object} #{call}: {answer:?} of the past")),
         Ok(answer) => server.note(format_args!("{what} {object} #{call}: {answer:?}")),
         Err(error) => server.note(format_args!("{what} {object} #{call}: {error}")),
     }
@@ -309,6 +320,8 @@ fn end<M: Model>(
     let mut history = server.shared.history.lock();
     let calls = of(&mut history);
     match answered {
+        // It says nothing of the present, and is counted as such.
+        Ok(_) if is_past => calls.drop_call(call),
         Ok(answer) => calls.end(now, call, answer),
         Err(_) if is_read => calls.drop_call(call),
         // It may have happened, or happen yet.

@@ -12,8 +12,9 @@ use std::{
 };
 
 use ctfs_consensus::Settings;
+use ctfs_meta::{OnPartition, Op, Policy};
 use ctfs_types::{
-    NodeId,
+    Ino, NodeId,
     rules::{Rule, keeps},
 };
 use ctfs_vfs::VfsSettings;
@@ -146,6 +147,16 @@ impl Sim {
             server.consensus.set_membership(all.into_iter().collect(), Default::default()).await.expect("all vote");
         });
         self.all_ready();
+        self.set_on_partition(OnPartition::Error);
+    }
+
+    /// What reads do on servers that are cut off.
+    pub fn set_on_partition(&mut self, on_partition: OnPartition) {
+        let first = self.nodes()[0];
+        let policy = Policy { on_partition: Some(on_partition), ..Policy::default() };
+        self.ask(first, move |server| async move {
+            server.consensus.propose(Op::SetPolicy { ino: Ino::ROOT, policy }).await.expect("a leader").expect("the root has a policy");
+        });
     }
 
     /// Runs until every running server has reported its life and holds a lease.

@@ -1,14 +1,19 @@
 //! A random run: programs on every server, faults, then none, and what must be true afterwards.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
+use ctfs_meta::OnPartition;
 use ctfs_types::{Ino, NodeId};
 
 use crate::{
     invariants::{holders::Listener, names, replicas},
-    network::Weather,
+    network::{Filter, Weather},
     programs::{self, Care, NamePair},
-    server::Server,
+    server::{Server, metadata::service},
     sim::{End, Pending, Sim},
 };
 
@@ -21,6 +26,8 @@ const FENCE_AFTER: Duration = Duration::from_millis(4500);
 /// A life that is ended from outside is so after this.
 const FENCED: Duration = Duration::from_secs(9);
 
+/// How often it is looked whether all stand at the same entry.
+const LOOKS: usize = 10;
 /// Lines of the trace that an outcome keeps.
 const TRACE_LINES: usize = 400;
 
@@ -50,6 +57,8 @@ struct Faults {
     clocks: bool,
     slow_disks: bool,
     stuck_kernels: bool,
+    /// What is sent to copies of journals, or their answers, comes late or not at all.
+    slow_pairs: bool,
     /// A server goes for good.
     loss: bool,
 }
@@ -68,6 +77,7 @@ impl Faults {
             clocks: one_in(3),
             slow_disks: one_in(5),
             stuck_kernels: one_in(4),
+            slow_pairs: one_in(3),
             loss: !is_calm && one_in(3),
         };
         let weather = Weather {
@@ -110,6 +120,7 @@ pub fn run(seed: u64, is_loud: bool) -> Outcome {
     Listener::install(&sim.shared, if is_loud { tracing::Level::DEBUG } else { tracing::Level::ERROR });
     let servers = if sim.chance.below(5) == 0 { 5 } else { 3 };
     sim.found(servers);
+    sim.set_on_partition(OnPartition::EACH[(seed % 3) as usize]);
     let faults = Faults::draw(&mut sim);
     if is_loud {
         eprintln!("{servers} servers, {faults:?}");
@@ -134,6 +145,9 @@ pub fn run(seed: u64, is_loud: bool) -> Outcome {
         sim.run_for(FENCED);
     }
     let mut wrong = heal(&mut sim, &programs);
+    if wrong.is_empty() {
+        wrong = take_over(&mut sim);
+    }
     if wrong.is_empty() {
         wrong = look_at_the_end(&mut sim, &stage);
     }
@@ -279,9 +293,11 @@ fn rage(sim: &mut Sim, faults: Faults, stage: &Stage, programs: &mut Vec<(NodeId
         let when = sim.now() + Duration::from_millis(sim.chance.between(3_000, 12_000));
         let node = *sim.chance.pick(&sim.nodes());
         lost = Some(node);
-        // It is cut off for a moment before it goes: what it did last nobody else has.
+        // It is cut off for a moment before it goes: what it did last nobody else has, or one.
         let cut_off = Duration::from_millis(sim.chance.between(100, 2_500));
-        later.entry(when).or_default().push(Later::CutOff(node));
+        let others: Vec<NodeId> = sim.nodes().into_iter().filter(|other| *other != node).collect();
+        let hears = if sim.chance.strikes(500) { Some(*sim.chance.pick(&others)) } else { None };
+        later.entry(when).or_default().push(Later::CutOff { node, hears });
         later.entry(when + cut_off).or_default().push(Later::Lose(node));
     }
     while sim.now() < stage.until {
@@ -314,7 +330,8 @@ enum Later {
     Start(NodeId),
     Unstick(NodeId),
     FastDisks,
-    CutOff(NodeId),
+    /// From all but one.
+    CutOff { node: NodeId, hears: Option<NodeId> },
     /// For good.
     Lose(NodeId),
 }
@@ -334,7 +351,10 @@ impl Later {
                 }
             }
             Self::Unstick(node) => sim.look_at_kernel(node, |kernel| kernel.stick(false)),
-            Self::CutOff(node) => sim.isolate(node),
+            Self::CutOff { node, hears } => {
+                let others: Vec<NodeId> = sim.nodes().into_iter().filter(|other| *other != node && Some(*other) != hears).collect();
+                sim.part(&[node], &others);
+            }
             Self::Lose(node) => {
                 sim.end(node, End::PowerCut);
                 sim.wipe(node);
@@ -352,7 +372,7 @@ fn strike(sim: &mut Sim, faults: Faults) -> Option<(Duration, Later)> {
     let node = *sim.chance.pick(&nodes);
     let short = Duration::from_millis(sim.chance.between(100, 4_000));
     let long = Duration::from_millis(sim.chance.between(100, 14_000));
-    let kind = sim.chance.below(8);
+    let kind = sim.chance.below(9);
     match kind {
         0 if faults.cuts => {
             sim.isolate(node);
@@ -395,6 +415,13 @@ fn strike(sim: &mut Sim, faults: Faults) -> Option<(Duration, Later)> {
             sim.look_at_kernel(node, |kernel| kernel.stick(true));
             Some((short, Later::Unstick(node)))
         }
+        8 if faults.slow_pairs => {
+            let late_by = if sim.chance.strikes(500) { Some(short) } else { None };
+            let (left, answers) = (sim.chance.between(1, 300) as u32, sim.chance.strikes(300));
+            let (from, to) = if answers { (Some(node), None) } else { (None, Some(node)) };
+            sim.shared.wires.lock().filters.push(Filter { from, to, service: service::JOURNAL, answers, left, late_by });
+            Some((long, Later::Heal))
+        }
         _ => None,
     }
 }
@@ -418,6 +445,24 @@ fn heal(sim: &mut Sim, programs: &[(NodeId, Pending<()>)]) -> Vec<String> {
     wrong
 }
 
+/// What lives left that ended is sent by whoever has it.
+fn take_over(sim: &mut Sim) -> Vec<String> {
+    let deadline = sim.now() + HEAL;
+    let node = sim.leader();
+    loop {
+        let left = sim.look(node, |server| {
+            let replica = server.metadata.replica.read();
+            let members = replica.members().unwrap_or_default();
+            members.iter().flat_map(|member| replica.left_to(member.node).unwrap_or_default()).collect::<Vec<_>>()
+        });
+        match left.unwrap_or_default() {
+            left if left.is_empty() => return Vec::new(),
+            left if sim.now() > deadline => return vec![format!("what {left:?} left is not sent {HEAL:?} after the last fault")],
+            _ => sim.run_for(Duration::from_millis(200)),
+        }
+    }
+}
+
 /// What every server shows in the end.
 fn look_at_the_end(sim: &mut Sim, stage: &Stage) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -425,20 +470,25 @@ fn look_at_the_end(sim: &mut Sim, stage: &Stage) -> Vec<String> {
         let stage = stage.clone();
         wrong.extend(sim.ask(node, move |server| async move { last_look(&server, &stage).await }));
     }
-    // Nothing happens any more: everybody comes to stand at the same entry.
-    sim.run_for(Duration::from_secs(3));
-    let mut states = BTreeMap::new();
-    for node in sim.running() {
-        states.extend(sim.look(node, move |server| {
-            let replica = server.metadata.replica.read();
-            (node, (replica.applied(), replica.state_hash()))
-        }));
+    // No program does anything any more: everybody comes to stand at the same entry, between two of what
+    // servers do by themselves.
+    let mut applied = BTreeSet::new();
+    for _ in 0..LOOKS {
+        sim.run_for(Duration::from_secs(1));
+        let mut states = BTreeMap::new();
+        for node in sim.running() {
+            states.extend(sim.look(node, move |server| {
+                let replica = server.metadata.replica.read();
+                (node, (replica.applied(), replica.state_hash()))
+            }));
+        }
+        wrong.extend(replicas::check(&states));
+        applied = states.values().map(|(applied, _)| *applied).collect();
+        if applied.len() == 1 {
+            return wrong;
+        }
     }
-    wrong.extend(replicas::check(&states));
-    let applied: Vec<_> = states.values().map(|(applied, _)| *applied).collect();
-    if applied.iter().any(|index| *index != applied[0]) {
-        wrong.push(format!("the servers do not come together: {applied:?}"));
-    }
+    wrong.push(format!("the servers do not come together: {applied:?}"));
     wrong
 }
 

@@ -70,10 +70,19 @@ mod broken_builds {
         is_caught(&["--seeds", BROKEN_SEEDS, "--without", "AnswersWaitForLeases", "--until-caught"]);
     }
 
-    /// Stands for "acknowledges before the pair has it", until there is a pair.
     #[test]
     fn fsync_that_does_not_wait_for_the_log_is_caught() {
         is_caught(&["--seeds", BROKEN_SEEDS, "--without", "FsyncWaitsForLog", "--until-caught"]);
+    }
+
+    #[test]
+    fn fsync_that_acknowledges_before_the_pair_is_caught() {
+        is_caught(&["--seeds", BROKEN_SEEDS, "--without", "FsyncWaitsForPair", "--until-caught"]);
+    }
+
+    #[test]
+    fn a_life_whose_files_are_free_before_its_journal_was_sent_is_caught() {
+        is_caught(&["--seeds", BROKEN_SEEDS, "--without", "HeldUntilSent", "--until-caught"]);
     }
 
     #[test]
@@ -134,14 +143,22 @@ mod scenarios {
         scenario_2_new_is_not_followed_by_old: "new-then-old",
         scenario_4_a_crash_leaves_a_prefix: "the-prefix-breaks",
         scenario_4_fsync_waits_for_the_log: "fsync-while-cut-off",
+        scenario_4_fsync_waits_for_the_pair: "fsync-before-the-pair",
         scenario_5_only_what_is_covered_happens_ahead: "ahead-where-another-holds",
         scenario_6_recalls_end_also_in_a_ring: "recalls-in-a-ring",
         scenario_7_a_grant_drops_what_others_keep: "a-grant-forgets-who-cached",
         scenario_9_a_life_that_ended_changes_nothing: "commands-after-the-end",
+        scenario_9_nothing_is_free_before_it_is_sent: "free-before-it-is-sent",
+        scenario_9_what_an_ended_life_is_refused_its_pair_may_send: "a-command-between-end-and-take-over",
+        scenario_9_a_copy_that_was_read_takes_nothing_more: "more-after-the-copy-was-read",
+        scenario_10_a_stale_copy_takes_nothing_back: "a-stale-copy-takes-over",
+        scenario_10_a_pair_counts_when_the_log_names_it: "a-pair-nobody-knows-of",
+        scenario_10_a_pair_is_named_when_it_has_the_journal: "a-pair-without-the-journal",
         scenario_11_the_old_leader_renews_no_lease: "the-old-leader-renews",
         scenario_12_a_request_asked_twice_happens_once: "a-request-asked-twice",
         scenario_13_a_new_life_forgets_old_pages: "a-new-life-with-old-pages",
         scenario_14_who_lost_a_lock_writes_no_more: "two-lock-holders",
+        scenario_15_no_journal_alone_names_a_chunk: "a-chunk-that-a-journal-names",
         scenario_16_who_lost_its_log_votes_not: "a-wiped-server-votes",
         scenario_17_a_suspended_machine_reads_nothing_old: "a-suspended-machine",
         scenario_18_who_is_taken_back_reads_nothing_old: "readmission",

@@ -16,6 +16,8 @@ pub enum Rule {
     DirectFollowsStreamed,
     /// 4: fsync answers when what it is about is in the log.
     FsyncWaitsForLog,
+    /// 4: fsync that goes by the journal answers when the pair has it, too.
+    FsyncWaitsForPair,
     /// 5: only what the holder's directories cover happens ahead of the log.
     OnlyCoveredIsAhead,
     /// 6: who waits for a directory gives up its own meanwhile.
@@ -24,6 +26,18 @@ pub enum Rule {
     TakingDropsCaches,
     /// 9: a life that was ended changes nothing more.
     EndedLivesAreRefused,
+    /// 9: what a life held is free when all that it left was sent, and not before.
+    HeldUntilSent,
+    /// 9: what a life is refused because it was ended may still be sent by who takes over.
+    RefusalsAreForgotten,
+    /// 9: a copy takes nothing more before it is read.
+    FencedBeforeRead,
+    /// 10: what the metadata have is not sent over newer bytes.
+    NotedIsNotSent,
+    /// 10: a copy counts when the log names its server.
+    PairIsRecorded,
+    /// 10: a server is named when it has all of the journal.
+    PairHasAll,
     /// 11: a lease hangs on the last heartbeat that a quorum acknowledged.
     LeasesHangOnQuorum,
     /// 12: a request happens once, however often it is asked.
@@ -32,6 +46,8 @@ pub enum Rule {
     NewLifeForgets,
     /// 14: handles through which locks were lost are dead.
     LostLocksEndHandles,
+    /// 15: what names a chunk goes through the log, and is not in a journal alone.
+    ChunksAreNamedInLog,
     /// 16: who lost its log does not vote on.
     LostLogVotesNot,
     /// 17: a lease ends also while the machine is suspended.
@@ -43,20 +59,28 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 25] = [
         Self::NoticesWaitForNoLock,
         Self::AnswersWaitForLeases,
         Self::ReadsWaitForVisible,
         Self::DirectFollowsStreamed,
         Self::FsyncWaitsForLog,
+        Self::FsyncWaitsForPair,
         Self::OnlyCoveredIsAhead,
         Self::WaitingGivesUp,
         Self::TakingDropsCaches,
         Self::EndedLivesAreRefused,
+        Self::HeldUntilSent,
+        Self::RefusalsAreForgotten,
+        Self::FencedBeforeRead,
+        Self::NotedIsNotSent,
+        Self::PairIsRecorded,
+        Self::PairHasAll,
         Self::LeasesHangOnQuorum,
         Self::RequestsHappenOnce,
         Self::NewLifeForgets,
         Self::LostLocksEndHandles,
+        Self::ChunksAreNamedInLog,
         Self::LostLogVotesNot,
         Self::LeasesCountSuspend,
         Self::ReadmissionCatchesUp,

@@ -44,6 +44,23 @@ pub(super) fn mkdir(name: &str) -> Op {
     Op::Make { parent: Ino::ROOT, name: file_name(name), node }
 }
 
+/// Of a life that was not reported nobody knows that it ended: what it held stayed held for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_life_holds_nothing_before_it_is_reported() {
+    let cluster = Cluster::of(1, ahead).await;
+    let server = cluster.get(node(1));
+    let holder = Holder { node: node(1), incarnation: Incarnation(1) };
+    let mut asked = tokio::spawn({
+        let server = server.clone();
+        async move { server.propose(Op::Own { ino: Ino::ROOT, holder, although_shared: false }).await }
+    });
+    assert!(timeout(Duration::from_millis(200), &mut asked).await.is_err(), "it waits");
+    let dir = TempDir::new().unwrap();
+    let id = JournalId { cluster: [7; 16], node: node(1), incarnation: Incarnation(1) };
+    server.set_journal(Arc::new(Journal::create(Arc::new(SystemDisk), dir.path(), id, Default::default()).unwrap()));
+    asked.await.unwrap().unwrap().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_holder_does_happens_at_once_and_comes_to_the_others_in_order() {
     let Holding { cluster, server, _journal } = Holding::start().await;

@@ -7,9 +7,13 @@ use std::{
     sync::Arc,
 };
 
-use ctfs_types::codec;
+use ctfs_host::Worker;
+use ctfs_types::{
+    codec,
+    rules::{Rule, keeps},
+};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc::Receiver;
+use tokio::sync::mpsc::{Receiver, error::TryRecvError};
 use tracing::{error, info};
 
 use super::{COPIES_MAX, CopySettings, CopyStatus, Fenced, Refusal, Reply, Request};
@@ -56,6 +60,26 @@ pub(super) struct Keeper {
     copies: BTreeMap<JournalId, Held>,
     /// Whether a fence is on the disk is unknown: nothing is accepted or fenced until it is read again.
     failed: Option<String>,
+    inbox: Receiver<Request>,
+}
+
+impl Worker for Keeper {
+    /// Serves until nobody can ask any more.
+    fn run(mut self) {
+        while let Some(first) = self.inbox.blocking_recv() {
+            self.serve_group(first);
+        }
+    }
+
+    fn turn(&mut self) -> bool {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(first) => self.serve_group(first),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
 }
 
 impl Keeper {
@@ -64,6 +88,7 @@ impl Keeper {
         root: &Path,
         cluster: [u8; 16],
         settings: CopySettings,
+        inbox: Receiver<Request>,
     ) -> Result<Self, JournalError> {
         let failed = |source| JournalError::io("open copies in", root, source);
         disk.create_dir(root).map_err(failed)?;
@@ -85,22 +110,20 @@ impl Keeper {
             copies.insert(id, held);
         }
         let fences = fences.into_iter().map(|fence| (fence.node, fence)).collect();
-        Ok(Self { disk, root: root.to_owned(), cluster, settings, fences, copies, failed: None })
+        Ok(Self { disk, root: root.to_owned(), cluster, settings, fences, copies, failed: None, inbox })
     }
 
-    /// Serves until nobody can ask any more.
-    pub fn run(mut self, mut inbox: Receiver<Request>) {
-        while let Some(first) = inbox.blocking_recv() {
-            let mut group = Vec::new();
-            self.serve(first, &mut group);
-            for _ in 1..GROUP_MAX {
-                match inbox.try_recv() {
-                    Ok(request) => self.serve(request, &mut group),
-                    Err(_) => break,
-                }
+    /// Serves this request and those that wait behind it, with one sync for all.
+    fn serve_group(&mut self, first: Request) {
+        let mut group = Vec::new();
+        self.serve(first, &mut group);
+        for _ in 1..GROUP_MAX {
+            match self.inbox.try_recv() {
+                Ok(request) => self.serve(request, &mut group),
+                Err(_) => break,
             }
-            self.finish(&mut group);
         }
+        self.finish(&mut group);
     }
 
     /// Does one request; what it wrote is not durable yet where it is put into `group`.
@@ -248,7 +271,7 @@ impl Keeper {
         }
         let incarnation = before.map_or(0, |fence| fence.incarnation).max(id.incarnation.0);
         let fence = Fence { node: id.node.0, incarnation, epoch };
-        if before != Some(fence) {
+        if before != Some(fence) && keeps(Rule::FencedBeforeRead) {
             self.fences.insert(fence.node, fence);
             let fences: Vec<Fence> = self.fences.values().copied().collect();
             if let Err(why) = replace(&*self.disk, &self.root, FENCES, &seal_fences(self.cluster, &fences)) {

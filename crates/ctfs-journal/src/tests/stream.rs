@@ -77,6 +77,17 @@ fn gate() -> (Arc<Gate>, mpsc::UnboundedReceiver<Batch>) {
 }
 
 #[tokio::test]
+async fn a_copy_of_nothing_counts_when_it_is_there() {
+    let (gate, mut batches) = gate();
+    let stream = Stream::start(journal(), gate.clone(), SETTINGS);
+    batches.recv().await.unwrap();
+    assert!(tokio::time::timeout(Duration::from_millis(20), stream.durable_at(Position::NONE)).await.is_err(), "nobody has answered");
+    gate.open.add_permits(1);
+    reached(&stream, Position::NONE).await;
+    assert!(gate.copies.fence(id(1), 1).await.unwrap().is_some());
+}
+
+#[tokio::test]
 async fn a_lone_record_goes_out_at_once_and_what_comes_meanwhile_goes_as_one_batch() {
     let journal = journal();
     let (gate, mut batches) = gate();

@@ -13,7 +13,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use ctfs_types::{FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, RequestId};
+use ctfs_types::{
+    FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, RequestId,
+    rules::{Rule, keeps},
+};
 
 use super::{
     Apply, Namespace, Totals, keys,
@@ -160,6 +163,9 @@ impl Namespace {
             _ => apply.counted.is_empty() && apply.is_covered(holder, &self.layer).map_err(store_only)? && apply.moves_no_directory(&command.op).map_err(store_only)?,
         };
         counters.delegated = self.counters.delegated;
+        if !keeps(Rule::ChunksAreNamedInLog) {
+            counters.chunks = self.counters.chunks;
+        }
         if !at_home || counters != self.counters {
             return Ok(Ahead::NotAlone);
         }

@@ -54,6 +54,8 @@ impl Subject {
             keys::OWNED | keys::WAIT => number(9).map(Self::Life),
             keys::NUMBERS | keys::NOTED | keys::LEFT => number(1).map(Self::Life),
             keys::TOTALS => Some(Self::Sum),
+            // Else only a journal would name a chunk, and whoever collects chunks asks no journals.
+            keys::CHUNK | keys::CONDEMNED if !keeps(Rule::ChunksAreNamedInLog) => Some(Self::Sum),
             _ => None,
         };
         found.unwrap_or(Self::Volume)

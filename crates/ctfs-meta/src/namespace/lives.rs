@@ -7,7 +7,10 @@
 //! happens once, by its request, and each write of journalled bytes once, by what it says of the journal
 //! ([`Noted`]).
 
-use ctfs_types::{Holder, Incarnation, Ino, NodeId, rules::{Rule, keeps}};
+use ctfs_types::{
+    Holder, Incarnation, Ino, NodeId,
+    rules::{Rule, keeps},
+};
 
 use super::{Apply, keys, records::Left, txn::Outcome};
 use crate::{About, Change, Command, Member, MetaError, Noted, Reply};
@@ -22,11 +25,11 @@ impl Apply<'_, '_> {
             return Ok(Reply::Done);
         }
         match member.pair {
-            Some(pair) => {
+            Some(pair) if keeps(Rule::HeldUntilSent) => {
                 self.txn.put(keys::left(incarnation.0), &Left { node, pair });
                 self.counters.left += 1;
             }
-            None => {
+            _ => {
                 self.end_lives(node, |life| life <= incarnation)?;
                 self.forget_client(incarnation)?;
             }
@@ -129,7 +132,7 @@ impl Apply<'_, '_> {
         let from = keys::noted(client, noted.upto, Ino(0));
         let later = self.txn.scan(&from, &to, usize::MAX)?;
         let is_known = later.iter().any(|(key, _)| keys::number_at(key, 17) == Some(ino.0));
-        if is_known { Err(MetaError::NotedBefore(ino).into()) } else { Ok(()) }
+        if is_known && keeps(Rule::NotedIsNotSent) { Err(MetaError::NotedBefore(ino).into()) } else { Ok(()) }
     }
 
     pub(super) fn note(&mut self, ino: Ino, noted: Noted) -> Outcome<()> {

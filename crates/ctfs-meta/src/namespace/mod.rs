@@ -338,7 +338,17 @@ fn run(
     let before = counters.clone();
     let is_left = matches!(command.about, About::Left { .. });
     let mut apply = Apply { txn, counters, request, at: command.at, freed_max, is_left, counted: BTreeMap::new() };
-    let outcome = apply.life_may(command).and_then(|()| match apply.dispatch(&command.op) {
+    let may = apply.life_may(command);
+    if let Err(Fail::Verdict(refusal)) = may {
+        txn.discard();
+        *counters = before;
+        if !keeps(Rule::RefusalsAreForgotten) {
+            txn.put(key, &Err::<Reply, _>(refusal.clone()));
+        }
+        // Not remembered: it was not this one's to ask, and whoever takes over asks the same request.
+        return Ok(Err(refusal));
+    }
+    let outcome = may.and_then(|()| match apply.dispatch(&command.op) {
         // What it is refused for may be what the holder has changed ahead of the log.
         Err(Fail::Verdict(verdict)) if before.delegated > 0 => match apply.may_touch(command) {
             Ok(()) => Err(Fail::Verdict(verdict)),

@@ -6,7 +6,7 @@
 //! | no read under a lease, or from a kernel's cache, shows the past | [`names`] and [`attributes`]: their readers are the kernels | rules 2, 7, 13, 17 |
 //! | a file or directory has one holder at a time | [`holders`] | rules 5, 7, 9 |
 //! | who held a lock and was cut off writes nothing more under it | [`locks`] | rule 14 |
-//! | what fsync acknowledged stays | [`fsync`], [`prefix`] | rules 4, 9 |
+//! | what fsync acknowledged stays | [`fsync`], [`prefix`] | rules 4, 9, 10, 15 |
 //! | a crash leaves a prefix | [`prefix`] | rule 4 |
 //! | equal logs make equal replicas | [`replicas`] | `docs/architecture.md`, invariant 5 |
 

@@ -5,6 +5,7 @@ use ctfs_types::{Ino, NodeId};
 use super::{claim, node, seconds, verdict, with_holders};
 use crate::{
     network::Filter,
+    server::metadata::service,
     sim::{End, Sim},
 };
 
@@ -44,8 +45,10 @@ pub fn the_prefix_breaks(seed: u64) -> Result<(), String> {
     let reader = *sim.nodes().iter().find(|other| **other != writer).expect("there are three");
     let dir = held(&mut sim, writer, "d");
     let other = held(&mut sim, reader, "e");
-    // What happened first is late on its way.
-    sim.shared.wires.lock().filters.push(Filter { from: Some(writer), to: None, service: FORWARD, answers: false, left: 1, late_by: None });
+    // What happened first is late on its way, and its pair does not have it yet.
+    for (service, left) in [(FORWARD, 1), (service::JOURNAL, u32::MAX)] {
+        sim.shared.wires.lock().filters.push(Filter { from: Some(writer), to: None, service, answers: false, left, late_by: None });
+    }
     let both = sim.spawn(writer, move |server| async move {
         server.make_dir(dir, "one").await.expect("it holds the directory");
         // It is on its way by then, in a message of its own.

@@ -3,11 +3,12 @@
 //! A scenario is a script that brings a careless version into the trap and says what is wrong; with its
 //! rule taken out it must find something. The rules are those of [`ctfs_types::rules`]. Numbers are those of
 //! the notes; not here are those that the product has no code for yet (3: stores through mappings, 8:
-//! snapshots, 10: copies of the journal, 15: chunks that journals name).
+//! snapshots).
 
 mod ahead;
 mod leases;
 mod lives;
+mod pairs;
 
 use std::time::Duration;
 
@@ -35,14 +36,22 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { number: 2, name: "new-then-old", rule: Rule::ReadsWaitForVisible, script: leases::new_then_old },
     Scenario { number: 4, name: "the-prefix-breaks", rule: Rule::DirectFollowsStreamed, script: ahead::the_prefix_breaks },
     Scenario { number: 4, name: "fsync-while-cut-off", rule: Rule::FsyncWaitsForLog, script: ahead::fsync_while_cut_off },
+    Scenario { number: 4, name: "fsync-before-the-pair", rule: Rule::FsyncWaitsForPair, script: pairs::fsync_before_the_pair },
     Scenario { number: 5, name: "ahead-where-another-holds", rule: Rule::OnlyCoveredIsAhead, script: ahead::ahead_where_another_holds },
     Scenario { number: 6, name: "recalls-in-a-ring", rule: Rule::WaitingGivesUp, script: ahead::recalls_in_a_ring },
     Scenario { number: 7, name: "a-grant-forgets-who-cached", rule: Rule::TakingDropsCaches, script: ahead::a_grant_forgets_who_cached },
     Scenario { number: 9, name: "commands-after-the-end", rule: Rule::EndedLivesAreRefused, script: lives::commands_after_the_end },
+    Scenario { number: 9, name: "free-before-it-is-sent", rule: Rule::HeldUntilSent, script: pairs::free_before_it_is_sent },
+    Scenario { number: 9, name: "a-command-between-end-and-take-over", rule: Rule::RefusalsAreForgotten, script: pairs::a_command_between_end_and_take_over },
+    Scenario { number: 9, name: "more-after-the-copy-was-read", rule: Rule::FencedBeforeRead, script: pairs::more_after_the_copy_was_read },
+    Scenario { number: 10, name: "a-stale-copy-takes-over", rule: Rule::NotedIsNotSent, script: pairs::a_stale_copy_takes_over },
+    Scenario { number: 10, name: "a-pair-nobody-knows-of", rule: Rule::PairIsRecorded, script: pairs::a_pair_nobody_knows_of },
+    Scenario { number: 10, name: "a-pair-without-the-journal", rule: Rule::PairHasAll, script: pairs::a_pair_without_the_journal },
     Scenario { number: 11, name: "the-old-leader-renews", rule: Rule::LeasesHangOnQuorum, script: leases::the_old_leader_renews },
     Scenario { number: 12, name: "a-request-asked-twice", rule: Rule::RequestsHappenOnce, script: lives::a_request_asked_twice },
     Scenario { number: 13, name: "a-new-life-with-old-pages", rule: Rule::NewLifeForgets, script: lives::a_new_life_with_old_pages },
     Scenario { number: 14, name: "two-lock-holders", rule: Rule::LostLocksEndHandles, script: lives::two_lock_holders },
+    Scenario { number: 15, name: "a-chunk-that-a-journal-names", rule: Rule::ChunksAreNamedInLog, script: pairs::a_chunk_that_a_journal_names },
     Scenario { number: 16, name: "a-wiped-server-votes", rule: Rule::LostLogVotesNot, script: lives::a_wiped_server_votes },
     Scenario { number: 17, name: "a-suspended-machine", rule: Rule::LeasesCountSuspend, script: leases::a_suspended_machine },
     Scenario { number: 18, name: "readmission", rule: Rule::ReadmissionCatchesUp, script: leases::readmission },
@@ -95,6 +104,10 @@ fn begin(sim: &mut Sim, servers: u64) {
     sim.shared.trace.lock().is_loud = is_loud;
     Listener::install(&sim.shared, if is_loud { tracing::Level::DEBUG } else { tracing::Level::ERROR });
     sim.found(servers);
+    // Nothing is under way when a script begins.
+    for node in sim.nodes() {
+        sim.ask(node, |server| async move { server.await_pair(|pair| pair.is_some()).await });
+    }
 }
 
 /// What was noted while the scenario ran.

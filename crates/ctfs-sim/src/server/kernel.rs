@@ -42,6 +42,8 @@ pub struct Kernel {
     directories: Mutex<BTreeMap<Ino, Arc<tokio::sync::Mutex<()>>>>,
     notices: mpsc::UnboundedSender<Notice>,
     told: watch::Sender<LogIndex>,
+    /// Where the member list changed last.
+    members: watch::Sender<LogIndex>,
     pub fenced: Notify,
     /// Notices wait until this is over.
     stuck: watch::Sender<bool>,
@@ -127,6 +129,7 @@ impl Kernel {
             directories: Mutex::default(),
             notices,
             told: watch::Sender::new(LogIndex(0)),
+            members: watch::Sender::new(LogIndex(0)),
             fenced: Notify::new(),
             stuck: watch::Sender::new(false),
         });
@@ -182,6 +185,11 @@ impl Kernel {
 
     fn vfs(&self) -> Option<Arc<Vfs>> {
         self.vfs.get().and_then(Weak::upgrade)
+    }
+
+    /// Fires when the member list may have changed.
+    pub fn members(&self) -> watch::Receiver<LogIndex> {
+        self.members.subscribe()
     }
 
     pub fn begin_life(&self, life: u64) {
@@ -346,6 +354,9 @@ impl Observer for Kernel {
             self.shared.note(self.node, format_args!("this life was ended"));
             self.fenced.notify_one();
         }
+        if changes.iter().any(|(_, change)| matches!(change, Change::Members)) {
+            self.members.send_replace(index);
+        }
         let is_news = |(client, change): &(u64, Change)| *client != own || matches!(change, Change::Covered { .. });
         let changes = changes.into_iter().filter(is_news).map(|(_, change)| change).collect();
         let _ = self.notices.send(Notice { index: Some(index), changes });
@@ -358,6 +369,7 @@ impl Observer for Kernel {
     }
 
     fn installed_snapshot(&self) {
+        self.members.send_modify(|_| {});
         self.fenced.notify_one();
         if let Some(vfs) = self.vfs() {
             vfs.replaced();

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use ctfs_consensus::{ProposeError, Transport};
 use ctfs_meta::{MemberState, MetaError, Op};
+use ctfs_pair::ReplayError;
 use ctfs_types::{
     Incarnation, Ino,
     rules::{Rule, keeps},
@@ -22,10 +23,14 @@ const CALL_DEADLINE: Duration = Duration::from_secs(5);
 /// Reports the new life when a majority is back, after all of the lives before was sent.
 pub async fn report(server: &Arc<Server>, life: Incarnation) {
     loop {
-        match server.journals.replay(life, &server.consensus, &server.vfs).await {
+        match server.pairs.replay(life).await {
             Ok(0) => {}
             Ok(happened) => server.note(format_args!("{happened} commands of earlier lives were sent again")),
             Err(why) => {
+                if matches!(why, ReplayError::Journal(_) | ReplayError::Record(_)) {
+                    let what = format!("s{} cannot read the journal of an earlier life: {why}", server.node.0);
+                    server.shared.history.lock().violation(server.shared.now(), what);
+                }
                 server.note(format_args!("earlier lives are not in the log yet: {why}"));
                 sleep(TRY_AGAIN).await;
                 continue;
@@ -34,7 +39,7 @@ pub async fn report(server: &Arc<Server>, life: Incarnation) {
         let op = Op::Incarnate { node: server.node, incarnation: life, addresses: vec![], capacity: 1, version: String::new() };
         match server.consensus.propose(op).await {
             Ok(Ok(_)) => {
-                server.consensus.set_journal(server.journals.begin(life));
+                server.pairs.begin_journal(life).expect("a new life has no journal yet");
                 server.reported.send_replace(Some(life));
                 server.note(format_args!("life {} begins", life.0));
                 return;
@@ -104,7 +109,11 @@ pub async fn outlive(server: Arc<Server>) {
         server.note(format_args!("goes on in another life; {} commands are lost", lost.len()));
         server.vfs.lost(lost.into_iter().map(|command| command.op));
         server.consensus.lost_is_told();
-        drop(journal);
+        server.pairs.journal_ended();
+        // Also where others still read it: nothing more is written when the next life looks at it.
+        if let Some(Err(why)) = journal.map(|journal| journal.close()) {
+            server.note(format_args!("the journal of the ended life was not closed: {why}"));
+        }
         server.vfs.life_ended().await;
         if keeps(Rule::NewLifeForgets) {
             server.kernel.drop_all();

@@ -3,10 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use ctfs_consensus::{Consensus, ProposeError, Transport};
-use ctfs_meta::{Durability, MetaError, Op, Reply, SharedNamespace, Subject};
+use ctfs_consensus::{Consensus, Transport};
+use ctfs_meta::{Durability, Op, Reply, SharedNamespace, Subject};
+use ctfs_pair::no_verdict;
 use ctfs_types::{Attr, FileBytes, Holder, Incarnation, Ino, LogIndex, NodeId, codec};
-use ctfs_vfs::{FsError, Happened, Holders, Metadata, Request, Successor};
+use ctfs_vfs::{FsError, Happened, Holders, Metadata, Request};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::network::Link;
@@ -21,6 +22,7 @@ pub mod service {
     pub const OPEN_ORPHANS: u16 = 0x0302;
     pub const RECALL: u16 = 0x0305;
     pub const PEEK: u16 = 0x0306;
+    pub const JOURNAL: u16 = 0x0501;
 }
 
 /// A file or directory of one life of a server.
@@ -54,35 +56,12 @@ pub struct ReplicatedMetadata {
     pub node: NodeId,
 }
 
-fn no_quorum(error: ProposeError) -> FsError {
-    match error {
-        ProposeError::NoQuorum { waited } => FsError::NoQuorum { waited },
-        ProposeError::Stopped(_) => FsError::Shutdown,
-        ProposeError::NoSpace => FsError::NoSpace,
-        ProposeError::LifeEnded => FsError::Meta(MetaError::StaleIncarnation),
-        _ => FsError::NoQuorum { waited: Duration::ZERO },
-    }
-}
-
 struct Agreed(ctfs_consensus::Request);
 
 #[async_trait]
 impl Request for Agreed {
     async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        self.0.propose(op).await.map_err(no_quorum)?.map_err(FsError::Meta)
-    }
-}
-
-/// Commands in the name of a life that has ended.
-pub struct InTheNameOf {
-    pub consensus: Consensus,
-    pub life: Incarnation,
-}
-
-#[async_trait]
-impl Successor for InTheNameOf {
-    async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        self.consensus.propose_left(self.life, op).await.map_err(no_quorum)?.map_err(FsError::Meta)
+        self.0.propose(op).await.map_err(no_verdict)?.map_err(FsError::Meta)
     }
 }
 
@@ -104,7 +83,7 @@ impl Metadata for ReplicatedMetadata {
     }
 
     async fn settled(&self) -> Result<(), FsError> {
-        self.consensus.await_streamed().await.map_err(no_quorum)
+        self.consensus.await_streamed().await.map_err(no_verdict)
     }
 
     fn close_ahead(&self, dirs: &[Ino]) {
@@ -128,11 +107,11 @@ impl Metadata for ReplicatedMetadata {
     }
 
     async fn durable(&self, class: Durability) -> Result<bool, FsError> {
-        self.consensus.durable(class).await.map_err(no_quorum)
+        self.consensus.durable(class).await.map_err(no_verdict)
     }
 
     async fn barrier(&self) -> Result<(), FsError> {
-        self.consensus.barrier().await.map_err(no_quorum)
+        self.consensus.barrier().await.map_err(no_verdict)
     }
 
     fn node(&self) -> NodeId {
@@ -156,7 +135,7 @@ impl Metadata for ReplicatedMetadata {
     }
 
     async fn await_visible(&self, index: LogIndex) -> Result<(), FsError> {
-        self.consensus.await_visible(index).await.map_err(no_quorum)
+        self.consensus.await_visible(index).await.map_err(no_verdict)
     }
 }
 

@@ -1,10 +1,11 @@
 //! One server: the real consensus and the real file system, wired as `ctfs-node` does it, between a
 //! simulated network, disk and kernel.
 
-pub mod journals;
+pub mod care;
 pub mod kernel;
 pub mod life;
 pub mod metadata;
+pub mod pairs;
 
 use std::{
     fmt,
@@ -19,6 +20,7 @@ use std::{
 use ctfs_chunk::{CacheTier, TierSettings};
 use ctfs_consensus::{Consensus, Settings};
 use ctfs_meta::{ClusterIdentity, Member, MemberState, Op};
+use ctfs_pair::{Pairs, wire};
 use ctfs_types::{
     Incarnation, NodeId, Timestamp,
     rules::{Rule, keeps},
@@ -27,13 +29,12 @@ use ctfs_vfs::{DelegationSettings, Metadata as _, Vfs, VfsSettings};
 use tokio::sync::{mpsc, watch};
 
 use self::{
-    journals::Journals,
     kernel::Kernel,
     metadata::{HeldFile, OpenOrphans, PeerHolders, ReplicatedMetadata, decode, encode, service},
 };
 use crate::{
     CrashDisk,
-    chunks::ReachedChunks,
+    chunks::{PINNED_FOR, ReachedChunks},
     network::{Content, Link, Packet},
     shared::Shared,
 };
@@ -57,7 +58,7 @@ pub struct Server {
     pub metadata: Arc<ReplicatedMetadata>,
     pub vfs: Arc<Vfs>,
     pub kernel: Arc<Kernel>,
-    pub journals: Journals,
+    pub pairs: Arc<Pairs>,
     pub link: Arc<Link>,
     pub shared: Arc<Shared>,
     lives: Arc<AtomicU64>,
@@ -112,6 +113,13 @@ impl Server {
         }
     }
 
+    /// Returns when its journal has a pair, or has none, as wished.
+    pub async fn await_pair(&self, is_good: impl Fn(Option<NodeId>) -> bool) {
+        while !is_good(self.pairs.pair()) {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
     async fn serve(self: &Arc<Self>, question: &Packet, number: u16, payload: Vec<u8>) -> Result<Vec<u8>, String> {
         match number {
             service::RECALL => {
@@ -125,6 +133,10 @@ impl Server {
                 self.is_holder(&file)?;
                 let attr = self.vfs.peek_here(file.ino).await.map_err(|error| error.to_string())?;
                 Ok(encode(&attr))
+            }
+            service::JOURNAL => {
+                let (header, batch) = wire::split_call(payload.into())?;
+                self.pairs.accept(question.from, &header, batch).await
             }
             service::OPEN_ORPHANS => life::open_orphans(self, decode::<OpenOrphans>(&payload)?).await,
             number => self.consensus.serve(question.from, number, payload).await,
@@ -194,6 +206,7 @@ pub async fn run(start: Start, mut inputs: mpsc::UnboundedReceiver<Input>) {
         delegations: DelegationSettings { takes: true, ..DelegationSettings::default() },
         ..VfsSettings::default()
     };
+    vfs_settings.content.put_age_max = PINNED_FOR / 2;
     adjust(&mut settings, &mut vfs_settings);
     let consensus = Consensus::start(settings, link.clone(), kernel.clone()).await.expect("the storage opens");
     if disks.lives.load(Relaxed) > 1 && !consensus.is_initialized() && keeps(Rule::LostLogVotesNot) {
@@ -208,13 +221,21 @@ pub async fn run(start: Start, mut inputs: mpsc::UnboundedReceiver<Input>) {
     let vfs = Vfs::new(metadata.clone(), chunks, Arc::new(PeerHolders(link.clone())), tier, vfs_settings);
     kernel.serve(&vfs);
     vfs.set_kernel(Some(kernel.clone()));
-    let journals = Journals { disk: disks.journal, node };
-    let server = Arc::new(Server { node, consensus, metadata, vfs, kernel, journals, link, shared, lives: disks.lives, reported: watch::Sender::new(None) });
+    let copies = pairs::copies(&disks.journal);
+    let journals = pairs::journals(&disks.journal, node);
+    let pairs = Pairs::new(journals, consensus.clone(), vfs.clone(), copies, link.clone(), kernel.members());
+    let (lives, reported) = (disks.lives, watch::Sender::new(None));
+    let server = Arc::new(Server { node, consensus, metadata, vfs, kernel, pairs, link, shared, lives, reported });
     server.note(format_args!("starts, life {}", life.0));
 
     tokio::spawn(life::end_silent(server.clone()));
     tokio::spawn(life::forget_at_lapse(server.clone()));
     tokio::spawn(life::reap(server.clone()));
+    tokio::spawn(care::forget(server.clone()));
+    tokio::spawn(care::drop_unnamed(server.clone()));
+    let (keeping, succeeding) = (server.pairs.clone(), server.pairs.clone());
+    tokio::spawn(async move { keeping.keep().await });
+    tokio::spawn(async move { succeeding.succeed().await });
     let reporter = server.clone();
     tokio::spawn(async move {
         // A server that joins has no member entry before it is told of one.

@@ -82,8 +82,7 @@ pub(super) struct PutAt(Duration);
 
 impl PutAt {
     fn now() -> Self {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        Self(Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0)))
+        Self(ctfs_host::boot_time())
     }
 
     pub fn elapsed(self) -> Duration {

@@ -7,7 +7,11 @@ use std::collections::BTreeMap;
 
 use async_trait::async_trait;
 use ctfs_meta::{CellWrite, MetaError, Noted, Op, Reply};
-use ctfs_types::{CellIndex, CellSize, Extent, ExtentData, FileBytes, FileKind, FileUse, Holder, Ino, Stamp, Timestamp, limits::INLINE_BYTES_MAX};
+use ctfs_types::{
+    CellIndex, CellSize, Extent, ExtentData, FileBytes, FileKind, FileUse, Holder, Ino, Stamp, Timestamp,
+    limits::INLINE_BYTES_MAX,
+    rules::{Rule, keeps},
+};
 use tracing::{error, info, warn};
 
 use super::{Content, Shared, attr_of, extent_of, flush::trim};
@@ -89,7 +93,8 @@ impl Content {
         let (noted, kept_from) = shared.meta.replica().read().noted(life.incarnation)?;
         let mut files: BTreeMap<Ino, Vec<(u64, FileBytes)>> = BTreeMap::new();
         for (position, bytes) in left {
-            if position >= kept_from && noted.get(&bytes.ino).is_none_or(|upto| *upto < position) {
+            let is_missing = position >= kept_from && noted.get(&bytes.ino).is_none_or(|upto| *upto < position);
+            if is_missing || !keeps(Rule::NotedIsNotSent) {
                 files.entry(bytes.ino).or_default().push((position, bytes));
             }
         }

@@ -85,6 +85,21 @@ fn what_a_life_with_a_pair_held_stays_held_until_the_pair_has_sent_what_it_left(
     assert_eq!(left(&mut volume, OLD, PAIR, op), Err(MetaError::StaleIncarnation));
 }
 
+/// The refusal was remembered as the verdict of the request, and the pair, which sent the same one, got it
+/// for an answer: what fsync had acknowledged was gone.
+#[test]
+fn what_an_ended_life_is_refused_its_pair_may_send() {
+    let (mut volume, ino) = held();
+    volume.ok(Op::Fence { node: OLD.node, incarnation: OLD.incarnation });
+    let command = volume.command(Op::SetAttr { ino, set: SetAttr { mode: Some(0o600), ..SetAttr::default() } });
+    let sent_by = |from| Command { about: About::Left { by: from }, ..command.clone() };
+    assert_eq!(send(&mut volume, OLD, command.clone()), Err(MetaError::StaleIncarnation), "it comes late");
+    assert_eq!(send(&mut volume, OLD, sent_by(holder(2, 20))), Err(MetaError::StaleIncarnation), "so does an earlier life of the pair");
+    send(&mut volume, OLD, sent_by(PAIR)).unwrap();
+    assert_eq!(volume.attr(ino).mode & 0o777, 0o600);
+    send(&mut volume, OLD, sent_by(PAIR)).unwrap();
+}
+
 #[test]
 fn bytes_of_a_journal_are_written_once_whoever_sends_them() {
     let (mut volume, ino) = held();
