@@ -112,8 +112,8 @@ struct Stage {
 pub fn run(seed: u64, is_loud: bool) -> Outcome {
     // Directories change hands often.
     let mut sim = Sim::with(seed, |_, vfs| {
-        vfs.delegations.flapping = Duration::from_secs(2);
-        vfs.delegations.shared_for = Duration::from_secs(4);
+        vfs.delegations.flapping = Duration::from_secs(1);
+        vfs.delegations.shared_for = Duration::from_millis(1200);
         vfs.delegations.idle = Duration::from_millis(400);
     });
     sim.shared.trace.lock().is_loud = is_loud;
@@ -237,13 +237,15 @@ async fn wander(server: &Arc<Server>, stage: &Stage) {
             (pair, file) = (chance(stage.pairs.len() as u64), chance(stage.files.len() as u64));
         }
         tag = (tag + 7) % 0o777 + 1;
-        match chance(27) {
+        match chance(29) {
             20..25 => {
                 let name = chance(2) as usize;
                 let action = if chance(2) == 0 { names::Action::Make { name, tag } } else { names::Action::Remove { name } };
                 programs::ask_names(server, own, stage.pairs[own as usize], action, stage.care).await;
             }
             25..27 => visit(server, stage, pair).await,
+            // Where another server is alone, but for this.
+            27..29 => visit(server, stage, stage.pairs.len() as u64 - 1 - chance(stage.homes.len() as u64)).await,
             0..8 => {
                 let (name, other) = (chance(2) as usize, chance(2) as usize);
                 let action = match chance(9) {
@@ -276,10 +278,10 @@ async fn wander(server: &Arc<Server>, stage: &Stage) {
 
 /// Looks at the same names again and again, so that the kernel has them.
 async fn visit(server: &Arc<Server>, stage: &Stage, pair: u64) {
-    for _ in 0..8 {
+    for _ in 0..20 {
         let name = server.shared.draw(|chance| chance.below(2)) as usize;
         programs::ask_names(server, pair, stage.pairs[pair as usize], names::Action::Look { name }, stage.care).await;
-        let pause = server.shared.draw(|chance| chance.between(20, 200));
+        let pause = server.shared.draw(|chance| chance.between(2, 60));
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
 }

@@ -7,6 +7,7 @@ use super::{ahead::held, claim, millis, node, seconds, through_the_log, verdict,
 use crate::{
     network::Filter,
     programs::Care,
+    server::metadata::service,
     sim::{End, Sim},
 };
 
@@ -26,7 +27,10 @@ pub fn commands_after_the_end(seed: u64) -> Result<(), String> {
     let other = other_than(&sim, slow);
     let dir = held(&mut sim, slow, "d");
     let late_by = Some(seconds(13));
-    sim.shared.wires.lock().filters.push(Filter { from: Some(slow), to: None, service: FORWARD, answers: false, left: 1, late_by });
+    // Nor has its pair what it did last.
+    let unpaired = Filter { from: Some(slow), to: None, service: service::JOURNAL, answers: false, left: u32::MAX, late_by: None };
+    let late = Filter { from: Some(slow), to: None, service: FORWARD, answers: false, left: 1, late_by };
+    sim.shared.wires.lock().filters.extend([unpaired, late]);
     sim.ask(slow, move |server| async move { server.vfs.rename(dir, b"first", dir, b"moved", 0).await.expect("it holds the directory") });
     // Not cut off: the votes that it would ask for meanwhile would have the others elect anew.
     sim.pause(slow, seconds(15));
@@ -37,8 +41,8 @@ pub fn commands_after_the_end(seed: u64) -> Result<(), String> {
     assert!(is_there, "what is under way cannot be here");
     sim.run_for(seconds(8));
     for node in sim.nodes() {
-        let is_there = sim.ask(node, move |server| async move { server.vfs.lookup(dir, b"first").await.is_ok() });
-        claim(is_there, format!("s{} shows a change of a life that had ended", node.0))?;
+        let found = sim.ask(node, move |server| async move { server.vfs.lookup(dir, b"first").await });
+        claim(found.is_ok(), format!("s{} shows a change of a life that had ended: {found:?}", node.0))?;
     }
     sim.all_ready();
     verdict(&sim)
