@@ -113,7 +113,7 @@ impl Apply<'_, '_> {
     /// Tells of files that another server may change ahead of the log from here on, because the directory
     /// that has their only name is held: given up, moved there, or with one name less.
     pub(super) fn tell_newly_covered(&mut self) -> Outcome<()> {
-        if self.counters.delegated == 0 {
+        if self.counters.delegated == 0 || !self.moves_covers()? {
             return Ok(());
         }
         for ino in self.txn.touched() {
@@ -129,13 +129,38 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
+    /// Whether the command changed anything by which what was there before is covered. Most do not, and looking
+    /// costs less than finding each one's home.
+    fn moves_covers(&mut self) -> Outcome<bool> {
+        for key in self.txn.written() {
+            let is_moved = match key.first() {
+                Some(&keys::LINK) => true,
+                Some(&keys::INODE) => {
+                    let by_which = |inode: Inode| (inode.usage, inode.nlink);
+                    let before = self.txn.before(&key)?.map(by_which);
+                    before.is_some() && before != self.txn.peek(&key)?.map(by_which)
+                }
+                _ => false,
+            };
+            if is_moved {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     fn cover_now(&mut self, ino: Ino) -> Outcome<Cover> {
         self.cover_in(ino, |txn, key| txn.peek(key), |txn, from, to| txn.peek_scan(from, to, 1))
     }
 
     /// Who covered the inode before this command.
     pub(super) fn cover_before(&mut self, ino: Ino) -> Outcome<Cover> {
-        self.cover_in(ino, |txn, key| txn.before(key), |txn, from, to| txn.scan_before(from, to, 1))
+        if let Some(known) = self.txn.covers.get(&ino) {
+            return Ok(*known);
+        }
+        let cover = self.cover_in(ino, |txn, key| txn.before(key), |txn, from, to| txn.scan_before(from, to, 1))?;
+        self.txn.covers.insert(ino, cover);
+        Ok(cover)
     }
 
     fn cover_in(

@@ -10,7 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Totals,
-    cover::Subject,
+    cover::{Cover, Subject},
     keys, records,
     view::{View, merged},
 };
@@ -53,6 +53,8 @@ pub struct Txn<'a> {
     /// It looked at something, or changed it, that belongs to no inode and no life.
     beyond: bool,
     pub changes: Vec<Change>,
+    /// Who covered inodes before this command, as far as it was asked.
+    pub covers: BTreeMap<Ino, Cover>,
 }
 
 impl<'a> Txn<'a> {
@@ -68,6 +70,7 @@ impl<'a> Txn<'a> {
             lives: BTreeSet::new(),
             beyond: false,
             changes: Vec::new(),
+            covers: BTreeMap::new(),
         }
     }
 
@@ -76,6 +79,12 @@ impl<'a> Txn<'a> {
         self.touched.clear();
         self.lives.clear();
         self.beyond = false;
+        self.covers.clear();
+    }
+
+    /// Keys that the command wrote.
+    pub fn written(&self) -> Vec<Vec<u8>> {
+        self.command.keys().cloned().collect()
     }
 
     fn note(&mut self, key: &[u8]) {

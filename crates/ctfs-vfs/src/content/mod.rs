@@ -353,6 +353,16 @@ impl Content {
         self.shared.settle(ino, Pages::Unlocked).await
     }
 
+    /// Whether nobody need be asked about the file's bytes, as this server knew when it read `attr`, and then had
+    /// a lease or had asked.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn is_settled(&self, attr: &Attr) -> Result<bool, FsError> {
+        let (me, ns) = (self.shared.meta.holder(), self.shared.meta.replica().read());
+        Ok(sharing::held_elsewhere(&ns, attr, me)?.is_none())
+    }
+
     /// The attributes as the holder sees them.
     ///
     /// # Errors

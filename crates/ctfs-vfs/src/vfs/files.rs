@@ -39,16 +39,15 @@ impl Vfs {
             FileKind::Directory => return Err(MetaError::IsDirectory(ino).into()),
             _ => return Err(MetaError::WrongKind(ino).into()),
         }
-        let attr = if sight == Sight::Past {
-            attr
-        } else {
-            if mode.read && mode.write {
-                // It can be mapped, and stores through a mapping ask nobody.
-                self.content.claim(ino).await?;
-            } else {
-                self.content.settle(ino).await?;
-            }
+        let attr = if mode.read && mode.write {
+            // It can be mapped, and stores through a mapping ask nobody.
+            self.content.claim(ino).await?;
             self.read(|view| view.attr_of(ino)).await?
+        } else if sight == Sight::Present && !self.content.is_settled(&attr)? {
+            self.content.settle(ino).await?;
+            self.read(|view| view.attr_of(ino)).await?
+        } else {
+            attr
         };
         mode.direct |= wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
         let handle = self.open_handle(ino, mode)?;
