@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use crate::{
-    boottime::BootTime,
+    boottime::{BootTime, PatientClock},
     error::ProposeError,
     health::{Health, Space},
     ledger::Ledger,
@@ -115,6 +115,8 @@ pub(crate) struct Core {
     pub replica: SharedNamespace,
     pub transport: Arc<dyn Transport>,
     pub clock: Arc<QuorumClock>,
+    /// The clock of the ledger.
+    pub patient: PatientClock,
     pub relay: Arc<Relay>,
     pub invalidated: watch::Receiver<LogIndex>,
     pub view: watch::Sender<View>,
@@ -227,7 +229,7 @@ impl Core {
             *ledger = None;
             return;
         }
-        let now = BootTime::now();
+        let now = self.patient.now();
         let nodes = || metrics.membership_config.nodes().map(|(&node, _)| node_id(node)).collect::<BTreeSet<_>>();
         if ledger.as_ref().is_none_or(|ledger| ledger.term != metrics.current_term) {
             tracing::info!(node = %self.me, term = metrics.current_term, "leading");

@@ -16,7 +16,7 @@ use ctfs_types::{
     rules::{Rule, keeps},
 };
 
-use crate::{boottime::BootTime, messages::Grant, settings::Timings};
+use crate::{boottime::PatientTime, messages::Grant, settings::Timings};
 
 /// A server this far behind is not admitted: everybody would wait while it applies them.
 const ADMISSION_LAG_ENTRIES: u64 = 256;
@@ -29,7 +29,7 @@ const READMISSION_PAUSE_MAX: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub(crate) struct Ledger {
     pub term: u64,
-    pub opened: BootTime,
+    pub opened: PatientTime,
     /// Every change an earlier leader may have answered is at or below this.
     floor: LogIndex,
     /// The leader has applied up to here.
@@ -46,13 +46,13 @@ struct Peer {
     incarnation: Incarnation,
     acked: LogIndex,
     /// While set, answers wait for this server.
-    counted_until: Option<BootTime>,
+    counted_until: Option<PatientTime>,
     /// It has not acknowledged this index, which the leader applied at that time.
-    owes: Option<(LogIndex, BootTime)>,
-    heard: Option<BootTime>,
-    admitted: BootTime,
+    owes: Option<(LogIndex, PatientTime)>,
+    heard: Option<PatientTime>,
+    admitted: PatientTime,
     pause: Duration,
-    paused_until: BootTime,
+    paused_until: PatientTime,
     /// What the leader had applied when the last lease lapsed: readmission needs that much, so
     /// that a server that is stuck is not waited for again and again.
     missed: LogIndex,
@@ -61,7 +61,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(now: BootTime) -> Self {
+    fn new(now: PatientTime) -> Self {
         Self {
             incarnation: Incarnation(0),
             acked: LogIndex(0),
@@ -82,7 +82,7 @@ impl Peer {
 pub(crate) struct Standing {
     pub acked: LogIndex,
     pub leased: bool,
-    pub heard: Option<BootTime>,
+    pub heard: Option<PatientTime>,
 }
 
 impl Ledger {
@@ -97,7 +97,7 @@ impl Ledger {
         applied: LogIndex,
         visible: LogIndex,
         timings: &Timings,
-        now: BootTime,
+        now: PatientTime,
     ) -> Self {
         let until = now + timings.take_over();
         let peer = Peer { counted_until: Some(until), owes: Some((last_log, now)), ..Peer::new(now) };
@@ -120,7 +120,7 @@ impl Ledger {
     }
 
     /// Takes the members of the committed membership. Who left is counted until its lease ends.
-    pub fn members(&mut self, members: &BTreeSet<NodeId>, now: BootTime) {
+    pub fn members(&mut self, members: &BTreeSet<NodeId>, now: PatientTime) {
         for &node in members {
             self.peers.entry(node).or_insert_with(|| Peer::new(now));
         }
@@ -133,7 +133,7 @@ impl Ledger {
     }
 
     /// The leader has applied `index`.
-    pub fn applied(&mut self, index: LogIndex, now: BootTime) {
+    pub fn applied(&mut self, index: LogIndex, now: PatientTime) {
         self.applied = self.applied.max(index);
         for peer in self.peers.values_mut() {
             if peer.owes.is_none() && peer.acked < index {
@@ -150,8 +150,8 @@ impl Ledger {
         node: NodeId,
         incarnation: Incarnation,
         index: LogIndex,
-        quorum: Option<BootTime>,
-        now: BootTime,
+        quorum: Option<PatientTime>,
+        now: PatientTime,
     ) -> Option<Grant> {
         self.expire(now);
         let applied = self.applied;
@@ -175,7 +175,7 @@ impl Ledger {
         grant
     }
 
-    fn grant(&mut self, node: NodeId, quorum: Option<BootTime>, now: BootTime) -> Option<Grant> {
+    fn grant(&mut self, node: NodeId, quorum: Option<PatientTime>, now: PatientTime) -> Option<Grant> {
         let from = self.visible.max(self.floor);
         let peer = self.peers.get_mut(&node)?;
         let near = peer.acked.0 + ADMISSION_LAG_ENTRIES >= self.applied.0 && peer.acked >= peer.missed;
@@ -205,7 +205,7 @@ impl Ledger {
     }
 
     /// Lets go whose lease has ended.
-    pub fn expire(&mut self, now: BootTime) {
+    pub fn expire(&mut self, now: PatientTime) {
         for (node, peer) in &mut self.peers {
             if peer.counted_until.is_none_or(|until| now < until) {
                 continue;
@@ -228,7 +228,7 @@ impl Ledger {
     }
 
     /// Grants `nodes` no lease any more; returns when the last of theirs ends.
-    pub fn leave(&mut self, nodes: &BTreeSet<NodeId>) -> Option<BootTime> {
+    pub fn leave(&mut self, nodes: &BTreeSet<NodeId>) -> Option<PatientTime> {
         let leaving = self.peers.iter_mut().filter(|(node, _)| nodes.contains(node));
         leaving.filter_map(|(_, peer)| { peer.leaving = true; peer.counted_until }).max()
     }
@@ -253,8 +253,8 @@ mod tests {
     const C: NodeId = NodeId(3);
     const LIFE: Incarnation = Incarnation(1);
 
-    fn at(millis: u64) -> BootTime {
-        BootTime::at(Duration::from_millis(1_000_000 + millis))
+    fn at(millis: u64) -> PatientTime {
+        PatientTime::at(Duration::from_millis(1_000_000 + millis))
     }
 
     /// Elected at 0 with 10 entries, all members acknowledged at 10 ms.

@@ -17,7 +17,6 @@ use openraft::{
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{
-    boottime::BootTime,
     core::{Core, Metrics},
     error::ProposeError,
     raft_types::{TypeConfig, node_id, raft_node},
@@ -96,7 +95,7 @@ impl Core {
         let not_leader = || ProposeError::NotLeader { leader: self.leader() };
         let leased_until = self.ledger.lock().as_mut().ok_or_else(not_leader)?.leave(&nodes);
         if let Some(until) = leased_until {
-            sleep(until.since(BootTime::now())).await;
+            sleep(until.since(self.patient.now())).await;
         }
         let removal = self.raft.change_membership(ChangeMembers::RemoveNodes(leaving), false);
         let removed = self.change(removal, started, deadline).await;

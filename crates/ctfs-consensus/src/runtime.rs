@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    boottime::BootTime,
+    boottime::{BootTime, PatientClock},
     core::{self, Core, Numbers, View},
     error::{ProposeError, StartError},
     health::Space,
@@ -97,6 +97,7 @@ impl Consensus {
             replica: storage.replica,
             transport,
             clock,
+            patient: PatientClock::new(),
             relay,
             invalidated: observer.invalidated(),
             view: watch::Sender::new(View::default()),

@@ -138,6 +138,23 @@ impl SledStore {
         Ok((records, true))
     }
 
+    /// Writes the whole batch or nothing.
+    ///
+    /// # Errors
+    /// sled's.
+    pub fn put(&self, batch: &Batch) -> Result<(), StoreError> {
+        let mut changes = sled::Batch::default();
+        for (key, value) in batch {
+            match value {
+                Some(value) => changes.insert(key.as_slice(), seal_value(key, value)),
+                // Most that come and go do so before sled hears of them, and it would write down that each is gone.
+                None if self.db.contains_key(key).map_err(io_error)? => changes.remove(key.as_slice()),
+                None => {}
+            }
+        }
+        self.db.apply_batch(changes).map_err(io_error)
+    }
+
     /// Removes a store that nobody has open.
     pub fn wipe(dir: &Path) -> io::Result<()> {
         durable::remove_dir(dir)
@@ -176,17 +193,7 @@ impl Store for SledStore {
     }
 
     fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
-        let mut changes = sled::Batch::default();
-        for (key, value) in batch {
-            match value {
-                Some(value) => {
-                    let sealed = seal_value(&key, &value);
-                    changes.insert(key, sealed);
-                }
-                None => changes.remove(key),
-            }
-        }
-        self.db.apply_batch(changes).map_err(io_error)
+        self.put(&batch)
     }
 }
 

@@ -90,17 +90,18 @@ impl Core {
     }
 
     fn servers(&self, metrics: &Metrics) -> BTreeMap<NodeId, ServerStatus> {
-        let now = BootTime::now();
+        let (now, patient) = (BootTime::now(), self.patient.now());
         let lags = Self::lags(metrics);
         let ledger = self.ledger.lock();
         let short = self.short_of_room.lock();
         let patience = self.settings.timings.lease;
-        let led_for = ledger.as_ref().map_or(Duration::ZERO, |ledger| now.since(ledger.opened));
+        let led_for = ledger.as_ref().map_or(Duration::ZERO, |ledger| patient.since(ledger.opened));
         let server = |node: NodeId| {
             let standing = ledger.as_ref().and_then(|ledger| ledger.standing(node));
             let (matched, lag) =
                 lags.get(&raft_node(node)).copied().unwrap_or_default();
-            let heard = self.clock.last(raft_node(node)).max(standing.and_then(|standing| standing.heard));
+            let heard = self.clock.last(raft_node(node)).map(|heard| now.since(heard));
+            let renewed = standing.and_then(|standing| standing.heard).map(|heard| patient.since(heard));
             let own = node == self.me;
             let last_answered = match own {
                 true => Some(Duration::ZERO),
@@ -111,7 +112,7 @@ impl Core {
                 lag,
                 acked: standing.map_or(LogIndex(0), |standing| standing.acked),
                 leased: standing.is_some_and(|standing| standing.leased),
-                last_heard: heard.map(|heard| now.since(heard)),
+                last_heard: heard.into_iter().chain(renewed).min(),
                 last_answered,
                 answers: led_for < patience || last_answered.is_some_and(|ago| ago < patience),
                 short_of_room: if own { self.health.space() != Space::Enough } else { short.contains(&node) },

@@ -48,6 +48,10 @@ const TRY_AGAIN: Duration = Duration::from_millis(20);
 const JOURNAL_BYTES_MAX: u64 = 64 << 20;
 /// When what happened is not in the log after this, more goes through the log: writers slow down.
 const AGE_MAX: Duration = Duration::from_secs(1);
+/// What nobody waits for gathers for so long before it is sent: an entry costs what many commands in it do.
+const GATHER_FOR: Duration = Duration::from_millis(20);
+/// Or until there are so many.
+const GATHERED: usize = 256;
 /// So many requests after the oldest that is open nothing more happens here: some 4,000 verdicts of a life
 /// are remembered, and that one's must not be forgotten.
 const OPEN_SPAN_MAX: u64 = 2048;
@@ -69,6 +73,10 @@ pub(crate) struct Stream {
     queue: Mutex<VecDeque<Queued>>,
     /// Something was queued.
     ready: Notify,
+    /// So many are queued that they need not gather longer, or somebody waits for them.
+    hurry: Notify,
+    /// Somebody waits for the commands up to there, counted as those that have happened.
+    wanted: AtomicU64,
     /// How many commands have happened, counted from the start of the program.
     happened: watch::Sender<u64>,
     /// How far they are done with.
@@ -127,9 +135,25 @@ impl Stream {
         };
         self.bytes.fetch_add(bytes, Relaxed);
         queue.push_back(Queued { at: Instant::now(), command, bytes, position });
+        let queued = queue.len();
         drop(queue);
         self.happened.send_modify(|count| *count += 1);
-        self.ready.notify_one();
+        match queued {
+            1 => self.ready.notify_one(),
+            GATHERED => self.hurry.notify_one(),
+            _ => {}
+        }
+    }
+
+    /// Until when what is queued gathers; `None`: it is to be sent now.
+    fn gathers_until(&self, bytes_max: usize) -> Option<Instant> {
+        let until = {
+            let queue = self.queue.lock();
+            let oldest = queue.front().filter(|_| queue.len() < GATHERED)?;
+            oldest.at + GATHER_FOR
+        };
+        let is_wanted = self.wanted.load(Relaxed) > self.done.borrow().upto;
+        (!is_wanted && self.bytes.load(Relaxed) < bytes_max && Instant::now() < until).then_some(until)
     }
 
     /// The next commands that fit into one entry. They stay queued until they are done with.
@@ -366,6 +390,8 @@ impl Core {
     /// of a proposal, [`ProposeError::Stopped`].
     pub async fn await_streamed(&self) -> Result<(), ProposeError> {
         let upto = *self.stream.happened.borrow();
+        self.stream.wanted.fetch_max(upto, Relaxed);
+        self.stream.hurry.notify_one();
         let mut done = self.stream.done.subscribe();
         let lost_before = done.borrow_and_update().lost;
         let started = Instant::now();
@@ -494,6 +520,11 @@ pub(crate) async fn reserve_numbers(core: Arc<Core>) {
 pub(crate) async fn run(core: Arc<Core>) {
     let limits = core.settings.limits.clone();
     loop {
+        if let Some(until) = core.stream.gathers_until(limits.entry_bytes) {
+            // Either way it looks again.
+            let _ = timeout_at(until, core.stream.hurry.notified()).await;
+            continue;
+        }
         let (commands, bytes) = core.stream.batch(limits.entry_bytes, limits.entry_commands);
         if commands.is_empty() {
             core.stream.ready.notified().await;

@@ -141,7 +141,8 @@ impl Core {
     pub fn heard(&self, from: NodeId, renew: &Renew) -> Renewed {
         let applied = self.relay.applied_index();
         let now = BootTime::now();
-        let quorum = self.quorum_acked(now);
+        let quorum = self.quorum_acked(now).map(|acked| self.patient.of(acked, now));
+        let now = self.patient.now();
         let (grant, visible) = {
             let mut ledger = self.ledger.lock();
             let Some(ledger) = ledger.as_mut() else { return Renewed::NotLeader };
@@ -284,7 +285,7 @@ pub(crate) async fn lapse(core: Arc<Core>) {
         }
         sleep(core.settings.timings.margin()).await;
         let visible = core.ledger.lock().as_mut().map(|ledger| {
-            ledger.expire(BootTime::now());
+            ledger.expire(core.patient.now());
             ledger.visible()
         });
         if let Some(visible) = visible {

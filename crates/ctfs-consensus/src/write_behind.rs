@@ -9,15 +9,16 @@
 //! sled does not survive a full disk, so on one nothing is handed to it while memory lasts.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map},
     fmt,
+    iter::Peekable,
     ops::{Bound, ControlFlow},
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use ctfs_meta::{Batch, Store, StoreError};
+use ctfs_meta::{Batch, Store, StoreError, merged};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::{
@@ -25,12 +26,16 @@ use crate::{
     sled_store::{Record, SledStore},
 };
 
-/// Bytes after which the thread writes at once; some thousand commands.
+/// Bytes after which the thread writes at once; some thousand commands. Not more: sled answers nobody while it
+/// takes a batch.
 const SETTLE_BYTES: usize = 4 << 20;
 /// Bytes after which writers wait for the thread: memory, and time to write at a clean end.
 const RECENT_BYTES_MAX: usize = 64 << 20;
-/// A batch stays in memory alone at most this long: what a crash makes us apply again.
+/// A batch stays in memory alone at most about this long: what a crash makes us apply again. Of what is
+/// written over or deleted meanwhile sled never hears.
 const SETTLE_AFTER: Duration = Duration::from_millis(500);
+/// A full disk, and a thread that is waited for, are looked at again after this long.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// Bookkeeping of one record in memory, besides its bytes.
 const RECORD_OVERHEAD: usize = 64;
 
@@ -57,7 +62,31 @@ struct Shared {
 struct Recent {
     /// Newest first: writes since the thread last took some, and those it is giving to sled.
     fresh: Batch,
-    leaving: Batch,
+    leaving: Arc<Batch>,
+}
+
+/// What the memory says of keys in a range, in order.
+struct Overlay<'a> {
+    fresh: Peekable<btree_map::Range<'a, Vec<u8>, Option<Vec<u8>>>>,
+    leaving: Peekable<btree_map::Range<'a, Vec<u8>, Option<Vec<u8>>>>,
+}
+
+impl<'a> Iterator for Overlay<'a> {
+    /// Deletions are `None`.
+    type Item = (&'a [u8], Option<&'a [u8]>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let leaves = match (self.fresh.peek(), self.leaving.peek()) {
+            (Some((fresh, _)), Some((leaving, _))) if fresh == leaving => {
+                self.leaving.next();
+                false
+            }
+            (Some((fresh, _)), Some((leaving, _))) => leaving < fresh,
+            (fresh, _) => fresh.is_none(),
+        };
+        let (key, value) = if leaves { self.leaving.next()? } else { self.fresh.next()? };
+        Some((key.as_slice(), value.as_deref()))
+    }
 }
 
 #[derive(Debug, Default)]
@@ -137,7 +166,7 @@ impl WriteBehind {
             let mut merged: BTreeMap<Vec<u8>, Vec<u8>> = records.into_iter().collect();
             for (key, value) in recent.overlay(Bound::Included(&start), upper) {
                 match value {
-                    Some(value) => merged.insert(key.to_vec(), value.clone()),
+                    Some(value) => merged.insert(key.to_vec(), value.to_vec()),
                     None => merged.remove(key),
                 };
             }
@@ -158,13 +187,9 @@ impl Recent {
         self.fresh.get(key).or_else(|| self.leaving.get(key))
     }
 
-    /// What this memory says of the keys in a range; deletions are `None`.
-    fn overlay<'a>(&'a self, from: Bound<&'a [u8]>, to: Bound<&'a [u8]>) -> BTreeMap<&'a [u8], &'a Option<Vec<u8>>> {
-        let mut overlay: BTreeMap<&[u8], &Option<Vec<u8>>> = BTreeMap::new();
-        for layer in [&self.leaving, &self.fresh] {
-            overlay.extend(layer.range::<[u8], _>((from, to)).map(|(key, value)| (key.as_slice(), value)));
-        }
-        overlay
+    fn overlay<'a>(&'a self, from: Bound<&'a [u8]>, to: Bound<&'a [u8]>) -> Overlay<'a> {
+        let of = |layer: &'a Batch| layer.range::<[u8], _>((from, to)).peekable();
+        Overlay { fresh: of(&self.fresh), leaving: of(&self.leaving) }
     }
 }
 
@@ -174,9 +199,9 @@ impl Shared {
             let full = self.health.space() == Space::Full;
             {
                 let mut work = self.work.lock();
-                if !work.stop && (work.bytes < SETTLE_BYTES || (full && work.bytes <= RECENT_BYTES_MAX)) {
-                    self.wake.wait_for(&mut work, SETTLE_AFTER);
-                }
+                let due = Instant::now() + if full { LOOK_AGAIN } else { SETTLE_AFTER };
+                let enough = if full { RECENT_BYTES_MAX + 1 } else { SETTLE_BYTES };
+                while !work.stop && work.bytes < enough && !self.wake.wait_until(&mut work, due).timed_out() {}
                 if !work.stop && full && work.bytes <= RECENT_BYTES_MAX {
                     continue;
                 }
@@ -207,14 +232,14 @@ impl Shared {
             if recent.fresh.is_empty() {
                 return Ok(());
             }
-            recent.leaving = std::mem::take(&mut recent.fresh);
+            recent.leaving = Arc::new(std::mem::take(&mut recent.fresh));
             recent.leaving.clone()
         };
         self.work.lock().bytes = 0;
-        let written = self.sled.clone().write(batch);
+        let written = self.sled.put(&batch);
         match written {
             // Readers find it in sled from here on.
-            Ok(()) => self.recent.write().leaving = Batch::new(),
+            Ok(()) => self.recent.write().leaving = Arc::default(),
             Err(ref error) => self.work.lock().failed = Some(error.clone()),
         }
         self.settled.notify_all();
@@ -240,35 +265,8 @@ impl Store for WriteBehind {
             return Ok(());
         }
         let recent = self.shared.recent.read();
-        let mut overlay = recent.overlay(Bound::Included(from), Bound::Excluded(to)).into_iter().peekable();
-        let mut stopped = false;
-        self.shared.sled.range(from, to, &mut |key, value| {
-            while let Some((k, v)) = overlay.next_if(|(k, _)| *k < key) {
-                if let Some(v) = v
-                    && visit(k, v).is_break()
-                {
-                    stopped = true;
-                    return ControlFlow::Break(());
-                }
-            }
-            let flow = match overlay.next_if(|(k, _)| *k == key) {
-                Some((k, Some(v))) => visit(k, v),
-                Some((_, None)) => ControlFlow::Continue(()),
-                None => visit(key, value),
-            };
-            stopped = flow.is_break();
-            flow
-        })?;
-        if !stopped {
-            for (key, value) in overlay {
-                if let Some(value) = value
-                    && visit(key, value).is_break()
-                {
-                    break;
-                }
-            }
-        }
-        Ok(())
+        let over = recent.overlay(Bound::Included(from), Bound::Excluded(to));
+        merged(over, |visit| self.shared.sled.range(from, to, visit), visit)
     }
 
     fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
@@ -276,7 +274,7 @@ impl Store for WriteBehind {
         {
             let mut work = self.shared.work.lock();
             while work.failed.is_none() && work.bytes > RECENT_BYTES_MAX {
-                self.shared.settled.wait_for(&mut work, SETTLE_AFTER);
+                self.shared.settled.wait_for(&mut work, LOOK_AGAIN);
             }
             if let Some(error) = work.failed.clone() {
                 return Err(error);

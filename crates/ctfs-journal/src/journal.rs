@@ -1,13 +1,14 @@
 //! The journal of the running life: who appends, who waits, and the thread that writes.
 //!
-//! Appending puts a record into memory and nothing else. The thread writes what has gathered in one
-//! write, which `kill -9` does not undo, and syncs when somebody waits for it, or some time later.
-//! While it syncs the next group gathers.
+//! Appending writes the record where nothing is in the way, which `kill -9` does not undo. Where something is
+//! (a sync, another who writes, the next segment), it stays in memory for the thread, which writes all that has
+//! gathered at once. The thread syncs when somebody waits for it, or some time later.
 
 mod writer;
 
 use std::{
     collections::VecDeque,
+    io,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -23,6 +24,9 @@ use crate::{
     frame::frame_bytes,
     segments::{SegmentReader, Segments},
 };
+
+/// Written bytes that are synced although nobody waits: what a loss of power may take at most.
+const UNSYNCED_BYTES_MAX: usize = 4 << 20;
 
 /// Sizes and times of a journal.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +78,8 @@ struct Shared {
     settings: Settings,
     reader: SegmentReader,
     state: Mutex<State>,
+    /// What is on the disk. Locked before the state, or tried.
+    files: Mutex<Segments>,
     /// The thread waits here for something to do.
     work: Condvar,
     /// Blocking callers wait here for the thread, or for a trim.
@@ -101,6 +107,8 @@ struct State {
     /// Somebody waits for this position.
     wanted: Position,
     trimmed: Position,
+    /// What the files are told is trimmed.
+    let_go: Position,
     /// Records up to `appended`: all that are not written, and some before them.
     recent: VecDeque<Record>,
     recent_bytes: usize,
@@ -108,9 +116,13 @@ struct State {
     ends: VecDeque<u64>,
     /// The same, before the first of them.
     released: u64,
-    /// When the oldest record was written that is not synced.
+    /// When the oldest record was written that is not synced, and how many bytes there are.
     unsynced_since: Option<Instant>,
+    unsynced_bytes: usize,
+    /// The thread waits for something to do.
     sleeping: bool,
+    /// When it looks by itself, while it waits.
+    alarm: Option<Instant>,
     closing: bool,
     waits_for_disk: bool,
     failed: Option<Arc<str>>,
@@ -119,6 +131,18 @@ struct State {
 }
 
 impl State {
+    /// These were written.
+    fn wrote(&mut self, records: &[Record], files: &Segments) {
+        self.written = files.written();
+        self.unsynced_bytes += records.iter().map(|record| frame_bytes(&record.payload)).sum::<usize>();
+        self.unsynced_since.get_or_insert_with(Instant::now);
+    }
+
+    /// Whether what is written must be synced now.
+    fn sync_is_wanted(&self) -> bool {
+        self.durable < self.written && (self.wanted > self.durable || self.closing || self.unsynced_bytes >= UNSYNCED_BYTES_MAX)
+    }
+
     fn check(&self) -> Result<(), JournalError> {
         match &self.failed {
             Some(why) => Err(JournalError::Broken(why.clone())),
@@ -173,13 +197,13 @@ impl Journal {
             settings,
             reader: segments.reader(),
             state: Mutex::default(),
+            files: Mutex::new(segments),
             work: Condvar::new(),
             done: Condvar::new(),
             progress: watch::Sender::default(),
             appended: watch::Sender::default(),
         });
-        let writer = writer::Writer::new(shared.clone(), segments);
-        let thread = Thread::start("ctfs-journal", writer);
+        let thread = Thread::start("ctfs-journal", writer::Writer::new(shared.clone()));
         let thread = thread.map_err(|source| JournalError::io("start the thread of", &dir, source))?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
@@ -188,7 +212,8 @@ impl Journal {
         self.shared.id
     }
 
-    /// Adds a record behind all others. Waits for nothing but a short lock.
+    /// Adds a record behind all others. Waits for nothing but short locks, and for no disk: what it writes stays
+    /// with the system until it is synced.
     ///
     /// # Errors
     /// - [`JournalError::Full`]: twice [`Settings::bytes_max`] are held; wait for [`Self::room`] first.
@@ -215,7 +240,7 @@ impl Journal {
         state.recent.push_back(Record { position, payload });
         // Inside the lock, so that what is told is in order.
         shared.appended.send_replace(position);
-        shared.wake(state);
+        shared.write_here(state);
         Ok(position)
     }
 
@@ -359,6 +384,33 @@ impl Drop for Journal {
 }
 
 impl Shared {
+    /// Writes what was appended, or leaves it to the thread where that would mean to wait.
+    fn write_here(&self, state: MutexGuard<'_, State>) {
+        // Whoever has the files may have looked before this was appended.
+        let Some(mut files) = self.files.try_lock() else { return self.wake(state) };
+        let records = writer::gather(&state);
+        if !files.has_room_for(&records) {
+            return self.wake(state);
+        }
+        drop(state);
+        let written = files.write(&records);
+        let mut state = self.state.lock();
+        match written {
+            Ok(()) => state.wrote(&records, &files),
+            Err(why) => self.fail(&mut state, &why.into()),
+        }
+        drop(files);
+        // Without an alarm it would not know when to sync.
+        if state.sync_is_wanted() || state.alarm.is_none() || state.failed.is_some() {
+            self.wake(state);
+        }
+    }
+
+    fn fail(&self, state: &mut State, why: &io::Error) {
+        tracing::error!(journal = %self.id, %why, "the journal failed and refuses everything from now on");
+        state.failed.get_or_insert_with(|| why.to_string().into());
+    }
+
     /// Has the thread look at what there is to do.
     fn wake(&self, mut state: MutexGuard<'_, State>) {
         let sleeping = std::mem::take(&mut state.sleeping);

@@ -96,6 +96,13 @@ pub(crate) enum WriteError {
     Failed(io::Error),
 }
 
+impl From<WriteError> for io::Error {
+    fn from(error: WriteError) -> Self {
+        let (WriteError::NoRoom(why) | WriteError::Failed(why)) = error;
+        why
+    }
+}
+
 pub(crate) struct Segments {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
@@ -178,6 +185,12 @@ impl Segments {
             u64::from(segment.end - start)
         };
         segments.iter().map(of).sum()
+    }
+
+    /// Whether these can be written without beginning a segment.
+    pub fn has_room_for(&self, records: &[Record]) -> bool {
+        let bytes: u64 = records.iter().map(|record| frame::frame_bytes(&record.payload) as u64).sum();
+        self.open && u64::from(self.active().1) + bytes <= self.segment_bytes
     }
 
     /// Writes `records`, which follow each other and what is here. Not durable before

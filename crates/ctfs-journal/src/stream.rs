@@ -1,8 +1,8 @@
 //! Carries a journal to one copy.
 //!
-//! One batch is under way at a time. A record that finds nothing under way goes out at once; what
-//! is appended meanwhile gathers into the next batch. So a lone record takes one round trip, many
-//! share one, and what is in flight is bounded by a batch. After an error nothing is assumed: an
+//! One batch is under way at a time. A record that somebody waits for goes out at once, if nothing is under
+//! way; what nobody waits for gathers for a moment, and what is appended meanwhile goes with the next batch. So
+//! a lone record takes one round trip, many share one, and what is in flight is bounded by a batch. After an error nothing is assumed: an
 //! empty batch asks what the copy has, and the stream goes on from there.
 
 use std::{sync::Arc, time::Duration};
@@ -42,6 +42,8 @@ pub struct StreamSettings {
     pub pause_max: Duration,
     /// A trim travels with the next batch, or alone after this long.
     pub trim_after: Duration,
+    /// A record that nobody waits for goes out after this long.
+    pub gather_for: Duration,
 }
 
 impl Default for StreamSettings {
@@ -52,6 +54,7 @@ impl Default for StreamSettings {
             pause: Duration::from_millis(20),
             pause_max: Duration::from_secs(1),
             trim_after: Duration::from_secs(1),
+            gather_for: Duration::from_millis(20),
         }
     }
 }
@@ -86,6 +89,8 @@ pub struct StreamState {
 /// A task that carries a journal to a copy until it is dropped.
 pub struct Stream {
     state: watch::Receiver<StreamState>,
+    /// Somebody waits for the records up to there.
+    wanted: watch::Sender<Position>,
     task: JoinHandle<()>,
 }
 
@@ -93,8 +98,9 @@ impl Stream {
     /// Begins to carry `journal`. Must be called within a runtime.
     pub fn start(journal: Arc<Journal>, transport: Arc<dyn Transport>, settings: StreamSettings) -> Self {
         let (sender, state) = watch::channel(StreamState::default());
-        let carrier = Carrier { journal, transport, settings, state: sender, next: None, told_kept: Position::NONE };
-        Self { state, task: tokio::spawn(carrier.run()) }
+        let (wanted, wants) = watch::channel(Position::NONE);
+        let carrier = Carrier { journal, transport, settings, state: sender, wanted: wants, next: None, told_kept: Position::NONE };
+        Self { state, wanted, task: tokio::spawn(carrier.run()) }
     }
 
     pub fn watch(&self) -> watch::Receiver<StreamState> {
@@ -105,6 +111,11 @@ impl Stream {
     /// to bound: a pair may never come back. Once the life is fenced or the copy has diverged,
     /// earlier positions are refused too.
     pub async fn durable_at(&self, position: Position) -> Result<(), End> {
+        self.wanted.send_if_modified(|wanted| {
+            let is_more = *wanted < position;
+            *wanted = position.max(*wanted);
+            is_more
+        });
         let mut state = self.state.clone();
         let now = state.wait_for(|state| state.is_there && state.durable >= position || state.ended.is_some()).await;
         match now {
@@ -129,6 +140,7 @@ struct Carrier {
     transport: Arc<dyn Transport>,
     settings: StreamSettings,
     state: watch::Sender<StreamState>,
+    wanted: watch::Receiver<Position>,
     /// The first record that the copy lacks; unknown at first and after an error.
     next: Option<Position>,
     /// From where on the copy knows that records are kept.
@@ -196,6 +208,7 @@ impl Carrier {
             let Some(next) = self.next else { return Ok(Batch::new(kept_from, Vec::new())) };
             let next = next.max(kept_from);
             if next <= depth.appended {
+                self.gather(next).await?;
                 match self.read(next).await {
                     Ok(records) => return Ok(Batch::new(kept_from.min(next), records)),
                     // Trimmed since: the copy needs it no more either.
@@ -217,6 +230,17 @@ impl Carrier {
                 }
                 why = ended => return Err(End::Journal(why)),
             }
+        }
+    }
+
+    /// Waits a moment for more, unless somebody waits for this record.
+    async fn gather(&mut self, next: Position) -> Result<(), End> {
+        let journal = self.journal.clone();
+        let gathered = time::timeout(self.settings.gather_for, self.wanted.wait_for(|wanted| *wanted >= next));
+        tokio::select! {
+            // Late, or wanted, or the stream is about to be dropped.
+            _ = gathered => Ok(()),
+            why = journal.ended() => Err(End::Journal(why)),
         }
     }
 

@@ -28,7 +28,7 @@ pub use error::MetaError;
 pub use member::{Durability, Member, MemberState, OnPartition, Policy, TokenRecord};
 pub use namespace::{AHEAD_MAX, Ahead, Applied, ChunkRecord, Cover, DirEntry, Namespace, Totals, Wish};
 pub use quota::{Quota, QuotaUse};
-pub use store::{Batch, MemoryStore, Store, StoreError};
+pub use store::{Batch, MemoryStore, Store, StoreError, merged};
 
 /// The namespace as one server shares it between its tasks: many readers, one applier.
 pub type SharedNamespace = std::sync::Arc<parking_lot::RwLock<Namespace>>;

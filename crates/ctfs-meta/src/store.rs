@@ -22,6 +22,43 @@ pub trait Store: Send + Sync {
 /// Writes in key order; `None` deletes.
 pub type Batch = std::collections::BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
+/// A record over another: what it is now, or that it is gone.
+pub type Over<'a> = (&'a [u8], Option<&'a [u8]>);
+
+/// Visits what `under` visits with the records `over` it in their places, in key order, until
+/// `visit` breaks. Both are in key order and of the same range.
+pub fn merged<'a>(
+    over: impl Iterator<Item = Over<'a>>,
+    under: impl FnOnce(&mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>) -> Result<(), StoreError>,
+    visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+) -> Result<(), StoreError> {
+    let mut over = over.peekable();
+    let mut ended = false;
+    under(&mut |key, value| {
+        let flow = (|| {
+            while let Some((key, value)) = over.next_if(|(over, _)| *over < key) {
+                value.map_or(ControlFlow::Continue(()), |value| visit(key, value))?;
+            }
+            match over.next_if(|(over, _)| *over == key) {
+                Some((_, None)) => ControlFlow::Continue(()),
+                Some((_, Some(value))) => visit(key, value),
+                None => visit(key, value),
+            }
+        })();
+        ended = flow.is_break();
+        flow
+    })?;
+    if ended {
+        return Ok(());
+    }
+    for (key, value) in over {
+        if value.is_some_and(|value| visit(key, value).is_break()) {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// The store is unusable: not a verdict, the server must stop and rebuild it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {

@@ -1,4 +1,4 @@
-//! The one thread that writes a journal.
+//! The one thread that syncs a journal, and writes what appenders cannot without waiting.
 
 use std::{
     io,
@@ -7,11 +7,11 @@ use std::{
 };
 
 use ctfs_host::Worker;
-use tracing::{error, warn};
+use tracing::warn;
 
 use super::{Shared, State};
 use crate::{
-    JournalError, Position, Record,
+    JournalError, Record,
     frame::frame_bytes,
     segments::{Segments, WriteError},
 };
@@ -19,81 +19,71 @@ use crate::{
 /// Bytes that are written at once. More makes the first of them wait longer for the disk than a
 /// sync costs.
 const GROUP_BYTES_MAX: usize = 4 << 20;
-/// Written bytes that are synced although nobody waits: what a loss of power may take at most.
-const UNSYNCED_BYTES_MAX: usize = 4 << 20;
 /// A full disk is looked at again after this long.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 pub(super) struct Writer {
     shared: Arc<Shared>,
-    segments: Segments,
-    unsynced_bytes: usize,
-}
-
-/// What there is to do.
-struct Job {
-    records: Vec<Record>,
-    sync: bool,
-    trim: Position,
 }
 
 impl Worker for Writer {
     fn run(mut self) {
         // However this ends, nobody waits for it any longer.
         let _end = OnEnd(self.shared.clone());
-        while let Some(job) = self.next_job() {
-            if !self.work(job) {
-                return;
-            }
-        }
+        while self.await_work() && self.work() {}
     }
 
     fn turn(&mut self) -> bool {
         loop {
-            let (job, closing) = {
+            let (has_work, is_over) = {
                 let state = self.shared.state.lock();
-                (self.job(&state), state.closing)
+                (self.has_work(&state), state.closing || state.failed.is_some())
             };
-            match job {
-                Some(job) => {
-                    if self.work(job) {
-                        continue;
-                    }
-                }
-                None if !closing => return true,
-                None => {}
+            match (has_work, is_over) {
+                (true, _) if self.work() => {}
+                (false, false) => return true,
+                _ => break,
             }
-            drop(OnEnd(self.shared.clone()));
-            return false;
         }
+        drop(OnEnd(self.shared.clone()));
+        false
     }
 }
 
 impl Writer {
-    pub fn new(shared: Arc<Shared>, segments: Segments) -> Self {
-        Self { shared, segments, unsynced_bytes: 0 }
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
     }
 
-    /// Does a job; `false`: the journal has failed.
-    fn work(&mut self, job: Job) -> bool {
-        match self.serve(job) {
-            Ok(()) => true,
-            Err(why) => {
-                error!(journal = %self.shared.id, %why, "the journal failed and refuses everything from now on");
-                self.shared.state.lock().failed = Some(why.to_string().into());
-                false
+    /// Waits for something to do; `false`: the journal has failed, or is closed and all is done.
+    fn await_work(&self) -> bool {
+        let mut state = self.shared.state.lock();
+        loop {
+            if self.has_work(&state) {
+                return true;
             }
+            if state.closing || state.failed.is_some() {
+                return false;
+            }
+            state.alarm = self.due(&state);
+            state.sleeping = true;
+            match state.alarm {
+                Some(due) => drop(self.shared.work.wait_until(&mut state, due)),
+                None => self.shared.work.wait(&mut state),
+            }
+            state.sleeping = false;
         }
     }
 
-    /// What there is to do at this moment.
-    fn job(&self, state: &State) -> Option<Job> {
-        let records = gather(state);
-        let due = self.due(state).is_some_and(|due| due <= Instant::now());
-        let sync = state.durable < state.written && (state.wanted > state.durable || state.closing || due);
-        let trim = state.trimmed.min(state.durable);
-        let trims = trim > self.segments.trimmed();
-        (!records.is_empty() || sync || trims).then_some(Job { records, sync, trim })
+    /// Whether there is something to do at this moment.
+    fn has_work(&self, state: &State) -> bool {
+        let writes = state.written < state.appended;
+        let trims = state.trimmed.min(state.durable) > state.let_go;
+        state.failed.is_none() && (writes || trims || self.is_to_sync(state))
+    }
+
+    fn is_to_sync(&self, state: &State) -> bool {
+        state.sync_is_wanted() || self.due(state).is_some_and(|due| due <= Instant::now())
     }
 
     /// When what is written is to be synced although nobody waits for it.
@@ -101,55 +91,43 @@ impl Writer {
         state.unsynced_since.map(|since| since + self.shared.settings.sync_after)
     }
 
-    /// Waits for something to do; `None`: the journal is closed, and all is done.
-    fn next_job(&mut self) -> Option<Job> {
-        let shared = self.shared.clone();
-        let mut state = shared.state.lock();
-        loop {
-            if let Some(job) = self.job(&state) {
-                return Some(job);
-            }
-            if state.closing {
-                return None;
-            }
-            state.sleeping = true;
-            match self.due(&state) {
-                Some(due) => drop(shared.work.wait_until(&mut state, due)),
-                None => shared.work.wait(&mut state),
-            }
-            state.sleeping = false;
+    /// Does what there is to do; `false`: the journal has failed.
+    fn work(&mut self) -> bool {
+        let mut files = self.shared.files.lock();
+        let served = self.serve(&mut files);
+        if let Err(why) = &served {
+            self.shared.fail(&mut self.shared.state.lock(), why);
         }
+        served.is_ok()
     }
 
-    fn serve(&mut self, job: Job) -> io::Result<()> {
-        let mut sync = job.sync;
-        if !job.records.is_empty() {
-            self.write(&job.records)?;
-            self.unsynced_bytes += job.records.iter().map(|record| frame_bytes(&record.payload)).sum::<usize>();
-            let mut state = self.shared.state.lock();
-            state.written = self.segments.written();
-            state.unsynced_since.get_or_insert_with(Instant::now);
-            sync = state.wanted > state.durable || state.closing || self.unsynced_bytes >= UNSYNCED_BYTES_MAX;
+    fn serve(&self, files: &mut Segments) -> io::Result<()> {
+        let records = gather(&self.shared.state.lock());
+        if !records.is_empty() {
+            self.write(files, &records)?;
+            self.shared.state.lock().wrote(&records, files);
         }
+        let sync = self.is_to_sync(&self.shared.state.lock());
         if sync {
-            self.segments.sync()?;
-            self.unsynced_bytes = 0;
+            files.sync()?;
         }
-        self.note();
-        self.segments.prepare();
-        self.segments.trim(job.trim)
+        let trim = self.note(files);
+        files.prepare();
+        files.trim(trim)?;
+        self.shared.state.lock().let_go = trim;
+        Ok(())
     }
 
     /// Writes `records`, waiting for room on the disk if need be.
-    fn write(&mut self, mut records: &[Record]) -> io::Result<()> {
+    fn write(&self, files: &mut Segments, mut records: &[Record]) -> io::Result<()> {
         loop {
-            match self.segments.write(records) {
+            match files.write(records) {
                 Ok(()) => break,
                 Err(WriteError::Failed(why)) => return Err(why),
                 Err(WriteError::NoRoom(why)) => {
-                    let done = records.partition_point(|record| record.position <= self.segments.written());
+                    let done = records.partition_point(|record| record.position <= files.written());
                     records = &records[done..];
-                    self.note();
+                    self.note(files);
                     let mut state = self.shared.state.lock();
                     if !std::mem::replace(&mut state.waits_for_disk, true) {
                         warn!(journal = %self.shared.id, %why, "the disk of the journal is full; waiting for room");
@@ -166,24 +144,22 @@ impl Writer {
         Ok(())
     }
 
-    /// Tells everybody how far it is written and durable.
-    fn note(&mut self) {
+    /// Tells everybody how far it is written and durable. Answers up to where it can be let go of.
+    fn note(&self, files: &Segments) -> crate::Position {
         let mut state = self.shared.state.lock();
-        state.written = self.segments.written();
-        let durable = self.segments.synced();
-        if durable > state.durable {
-            state.durable = durable;
-        }
+        state.written = files.written();
+        state.durable = state.durable.max(files.synced());
         if state.durable == state.written {
-            state.unsynced_since = None;
+            (state.unsynced_since, state.unsynced_bytes) = (None, 0);
         }
         state.release(self.shared.settings.recent_bytes_max);
         self.shared.tell(&state);
+        state.trimmed.min(state.durable)
     }
 }
 
 /// The next records to write.
-fn gather(state: &State) -> Vec<Record> {
+pub(super) fn gather(state: &State) -> Vec<Record> {
     let first = state.recent.front().map_or(0, |record| record.position.0);
     let mut bytes = 0;
     let pending = state.recent.iter().skip((state.written.0 + 1).saturating_sub(first) as usize);

@@ -25,6 +25,7 @@ const SETTINGS: StreamSettings = StreamSettings {
     pause: Duration::from_millis(1),
     pause_max: Duration::from_millis(4),
     trim_after: Duration::from_millis(1),
+    gather_for: Duration::ZERO,
 };
 
 fn journal() -> Arc<Journal> {
@@ -103,6 +104,28 @@ async fn a_lone_record_goes_out_at_once_and_what_comes_meanwhile_goes_as_one_bat
     assert_eq!(batches.recv().await.unwrap(), batch(1, 2..=6));
     gate.open.add_permits(1);
     reached(&stream, Position(6)).await;
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_gathers_and_goes_out_when_somebody_does_or_in_time() {
+    let journal = journal();
+    let (gate, mut batches) = gate();
+    gate.open.add_permits(100);
+    let never = Duration::from_secs(3600);
+    let stream = Stream::start(journal.clone(), gate.clone(), StreamSettings { gather_for: never, ..SETTINGS });
+    assert!(batches.recv().await.unwrap().payloads.is_empty(), "first it asks");
+    append(&journal, 3);
+    let more = tokio::time::timeout(Duration::from_millis(30), batches.recv()).await;
+    assert!(more.is_err(), "nobody waits for {more:?}");
+    let last = append(&journal, 2);
+    reached(&stream, last).await;
+    assert_eq!(batches.recv().await.unwrap(), batch(1, 1..=5));
+    drop(stream);
+
+    let _stream = Stream::start(journal.clone(), gate, StreamSettings { gather_for: Duration::from_millis(1), ..SETTINGS });
+    assert!(batches.recv().await.unwrap().payloads.is_empty(), "first it asks");
+    append(&journal, 1);
+    assert_eq!(batches.recv().await.unwrap(), batch(1, 6..=6), "in time");
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::ControlFlow,
+    ops::{Bound, ControlFlow},
 };
 
 use ctfs_types::Ino;
@@ -12,9 +12,9 @@ use super::{
     Totals,
     cover::{Cover, Subject},
     keys, records,
-    view::{View, merged},
+    view::View,
 };
-use crate::{Batch, Change, MetaError, StoreError};
+use crate::{Batch, Change, MetaError, StoreError, store::merged};
 
 /// Why a command stopped: refused, or the store is broken.
 #[derive(Debug)]
@@ -205,15 +205,16 @@ impl<'a> Txn<'a> {
         if from >= to || limit == 0 {
             return Ok(found);
         }
-        let range = || from.to_vec()..to.to_vec();
-        let mut top: BTreeMap<&[u8], Option<&[u8]>> = BTreeMap::new();
-        for batch in over {
-            top.extend(batch.range(range()).map(|(key, value)| (key.as_slice(), value.as_deref())));
-        }
-        merged(top.into_iter(), |visit| self.store.range(from, to, visit), &mut |key, value| {
+        let bounds = (Bound::Included(from), Bound::Excluded(to));
+        let mut visit = |key: &[u8], value: &[u8]| {
             found.push((key.to_vec(), value.to_vec()));
             if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-        })?;
+        };
+        let mut top: BTreeMap<&[u8], Option<&[u8]>> = BTreeMap::new();
+        for batch in over {
+            top.extend(batch.range::<[u8], _>(bounds).map(|(key, value)| (key.as_slice(), value.as_deref())));
+        }
+        merged(top.into_iter(), |visit| self.store.range(from, to, visit), &mut visit)?;
         Ok(found)
     }
 

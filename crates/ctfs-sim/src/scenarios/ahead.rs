@@ -52,7 +52,7 @@ pub fn the_prefix_breaks(seed: u64) -> Result<(), String> {
     let both = sim.spawn(writer, move |server| async move {
         server.make_dir(dir, "one").await.expect("it holds the directory");
         // It is on its way by then, in a message of its own.
-        tokio::time::sleep(super::millis(20)).await;
+        tokio::time::sleep(super::millis(100)).await;
         server.make_dir(other, "two").await.map(drop)
     });
     let two = sim.wait_for(&both, seconds(20));

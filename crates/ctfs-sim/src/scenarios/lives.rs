@@ -32,6 +32,8 @@ pub fn commands_after_the_end(seed: u64) -> Result<(), String> {
     let late = Filter { from: Some(slow), to: None, service: FORWARD, answers: false, left: 1, late_by };
     sim.shared.wires.lock().filters.extend([unpaired, late]);
     sim.ask(slow, move |server| async move { server.vfs.rename(dir, b"first", dir, b"moved", 0).await.expect("it holds the directory") });
+    // It is on its way.
+    sim.run_for(millis(100));
     // Not cut off: the votes that it would ask for meanwhile would have the others elect anew.
     sim.pause(slow, seconds(15));
     sim.run_for(seconds(12));

@@ -143,6 +143,8 @@ pub fn a_command_between_end_and_take_over(seed: u64) -> Result<(), String> {
         server.vfs.fsyncdir(dir, handle).await.is_ok()
     });
     assert!(synced, "nothing is wrong yet");
+    // It is on its way to the log.
+    sim.run_for(millis(100));
     lose(&mut sim, WRITER);
     // The life ends while the pair is slow.
     sim.run_for(seconds(8));
