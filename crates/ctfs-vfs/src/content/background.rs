@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_types::Ino;
+use ctfs_types::{Ino, limits::INLINE_BYTES_MAX};
 use tokio::sync::Notify;
 use tracing::warn;
 
@@ -21,6 +21,10 @@ const RETRY_LAST: Duration = Duration::from_secs(30);
 const PRESSURE_SHARE: u64 = 4;
 /// A file with more to flush than this is waited for when it is closed.
 const DUE_BYTES_MAX: u64 = 1 << 20;
+/// A file that was closed and takes a chunk lingers so long: many are removed, or written again, just after.
+const CLOSED_FOR: Duration = Duration::from_millis(300);
+/// With so many files to flush none lingers.
+const LINGERING_MAX: usize = DUE_INODES_MAX / 2;
 /// With so many files to flush, each that is closed is waited for.
 const DUE_INODES_MAX: usize = 256;
 /// Inodes kept in memory although nobody has them open, before they are looked through.
@@ -68,17 +72,23 @@ impl Shared {
             let ns = self.meta.replica().read();
             matches!(ns.cover(ino), Ok(Some((_, holder))) if holder == self.meta.holder())
         };
-        let is_small = inode.entry.dirty_bytes() <= DUE_BYTES_MAX && self.pending.lock().len() <= DUE_INODES_MAX;
+        let pending = self.pending.lock().len();
+        let is_small = inode.entry.dirty_bytes() <= DUE_BYTES_MAX && pending <= DUE_INODES_MAX;
         if !is_small || self.short_of_disk.load(Relaxed) || !is_held() || !matches!(self.write_mode(&inode), Ok(Some(WriteMode::Buffer))) {
             return false;
         }
+        let takes_chunk = self.size(&inode).is_ok_and(|size| size > INLINE_BYTES_MAX as u64);
         let mut local = inode.local.lock();
         if local.error.is_some() || local.failures > 0 || local.in_doubt {
             return false;
         }
         local.due = local.since.is_some();
         if local.due {
-            self.kick.notify_one();
+            if takes_chunk && pending <= LINGERING_MAX {
+                local.lingers_since.get_or_insert_with(Instant::now);
+            } else {
+                self.kick.notify_one();
+            }
         }
         true
     }
@@ -112,13 +122,15 @@ impl Shared {
         let much = self.tier.dirty_bytes() > self.tier.limit() / PRESSURE_SHARE;
         let pressure = much || self.short_of_disk.load(Relaxed);
         let now = Instant::now();
+        let may_linger = inodes.len() <= LINGERING_MAX;
         for (dirty, inode) in inodes {
             let mut local = inode.local.lock();
             let Some(since) = local.since else { continue };
             if local.in_background || local.retry_at.is_some_and(|at| at > now) {
                 continue;
             }
-            let cut = if local.due || pressure || now.duration_since(since) >= self.settings.dirty_age_max {
+            let lingers = may_linger && local.lingers_since.is_some_and(|since| now.duration_since(since) < CLOSED_FOR);
+            let cut = if local.due && !lingers || pressure || now.duration_since(since) >= self.settings.dirty_age_max {
                 Cut::Everything
             } else if dirty > self.settings.dirty_inode_bytes && !inode.entry.dirty_cells(true).is_empty() {
                 Cut::WholeCells

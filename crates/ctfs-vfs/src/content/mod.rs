@@ -206,8 +206,9 @@ struct Local {
     unnoted: RangeSet,
     /// The last position of the journal with bytes of the file that the metadata may lack; 0 is none.
     noted_upto: u64,
-    /// Closed and not waited for: the background flushes it at once.
+    /// Closed and not waited for: the background flushes it, at once or some time after it was closed.
     due: bool,
+    lingers_since: Option<Instant>,
     /// Whether a command about the file happened is not known; see [`doubt`].
     in_doubt: bool,
 }

@@ -213,7 +213,7 @@ impl Shared {
             return false;
         }
         local.since = None;
-        local.due = false;
+        (local.due, local.lingers_since) = (false, None);
         self.pending.lock().remove(&inode.ino);
         true
     }

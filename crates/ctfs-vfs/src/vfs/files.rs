@@ -227,7 +227,7 @@ impl Vfs {
     pub(super) async fn close(&self, handle: HandleId) {
         let Some((ino, mode, lock_owners)) = self.handles.close(handle) else { return };
         self.pages_are_current(ino);
-        if mode.write {
+        if mode.write && !self.content.flush_soon(ino) {
             // Stores through a mapping can arrive after the last close; nobody is left to be told.
             if let Err(error) = self.content.flush(ino).await {
                 tracing::warn!(%ino, %error, "write back after the last close");
