@@ -34,14 +34,14 @@ use crate::{
 
 /// What we ask of the kernel, if it can. Left out, each with its reason:
 /// `WRITEBACK_CACHE` (forbids passthrough, and write-back belongs to the cache tier),
+/// `ATOMIC_O_TRUNC` (the file is emptied before the kernel finds that it is a program that runs),
 /// `AUTO_INVAL_DATA` (would drop pages whenever a flush sets the mtime; we say what changed),
 /// `SETXATTR_EXT`, `SECURITY_CTX`, `CREATE_SUPP_GROUP`, `ALLOW_IDMAP` (fuser 0.18 cannot parse them).
-const WANTED: [InitFlags; 16] = [
+const WANTED: [InitFlags; 15] = [
     // Without it each write asks for security.capability first.
     InitFlags::FUSE_HANDLE_KILLPRIV_V2,
     InitFlags::FUSE_POSIX_LOCKS,
     InitFlags::FUSE_FLOCK_LOCKS,
-    InitFlags::FUSE_ATOMIC_O_TRUNC,
     InitFlags::FUSE_DONT_MASK,
     InitFlags::FUSE_POSIX_ACL,
     InitFlags::FUSE_DO_READDIRPLUS,

@@ -207,6 +207,25 @@ EOF"#,
 }
 
 #[test]
+fn a_program_that_runs_is_not_emptied() {
+    let Some(mounts) = Mounts::new(1) else { return };
+    mounts.run(|paths| {
+        let program = paths[0].join("program");
+        let bytes = fs::read("/bin/sleep").unwrap();
+        fs::write(&program, &bytes).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut running = Command::new(&program).arg("60").spawn().unwrap();
+        let emptied = OpenOptions::new().read(true).custom_flags(libc::O_TRUNC).open(&program);
+        let ended = running.try_wait().unwrap();
+        running.kill().unwrap();
+        running.wait().unwrap();
+        assert_eq!(emptied.unwrap_err().raw_os_error(), Some(libc::ETXTBSY));
+        assert_eq!(ended, None);
+        assert!(fs::read(&program).unwrap() == bytes);
+    });
+}
+
+#[test]
 fn locks_exclude_processes_and_a_killed_waiter_ends_at_once() {
     let Some(mounts) = Mounts::new(1) else { return };
     mounts.run(|paths| {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ctfs_types::{Ino, limits::INLINE_BYTES_MAX};
+use ctfs_types::{Attr, Ino, limits::INLINE_BYTES_MAX};
 use tokio::sync::Notify;
 use tracing::warn;
 
@@ -93,6 +93,11 @@ impl Shared {
         true
     }
 
+    /// Whether somebody may open the file. One without a name goes in most cases before it is read.
+    pub(super) fn has_name(&self, ino: Ino) -> bool {
+        !matches!(self.meta.replica().read().attr(ino), Ok(Some(Attr { nlink: 0, .. })))
+    }
+
     fn drop_reaped(&self) {
         let reaped = std::mem::take(&mut *self.reaped.lock());
         for ino in reaped {
@@ -129,7 +134,7 @@ impl Shared {
             if local.in_background || local.retry_at.is_some_and(|at| at > now) {
                 continue;
             }
-            let lingers = may_linger && local.lingers_since.is_some_and(|since| now.duration_since(since) < CLOSED_FOR);
+            let lingers = local.lingers_since.is_some_and(|since| may_linger && now.duration_since(since) < CLOSED_FOR || !self.has_name(inode.ino));
             let cut = if local.due && !lingers || pressure || now.duration_since(since) >= self.settings.dirty_age_max {
                 Cut::Everything
             } else if dirty > self.settings.dirty_inode_bytes && !inode.entry.dirty_cells(true).is_empty() {

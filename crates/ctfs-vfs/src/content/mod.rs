@@ -502,6 +502,17 @@ impl Content {
         self.shared.flush_soon(ino)
     }
 
+    /// Whether what is unflushed of a file that nobody has open here any more may stay so for a while: it has no
+    /// name, or [`Self::flush_soon`] has put it off.
+    pub fn may_wait(&self, ino: Ino) -> bool {
+        let inode = self.shared.inodes.lock().get(&ino).cloned();
+        let lingers = inode.is_some_and(|inode| {
+            let local = inode.local.lock();
+            local.due && local.lingers_since.is_some()
+        });
+        lingers || !self.shared.has_name(ino)
+    }
+
     /// Waits for what [`Self::flush_soon`] and [`Self::write_down`] left to the background.
     ///
     /// # Errors

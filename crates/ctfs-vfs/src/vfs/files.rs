@@ -171,7 +171,7 @@ impl Vfs {
     }
 
     /// One descriptor of the handle was closed: whoever opens the file next, anywhere, sees everything
-    /// that was written. Where this server holds the directory, little is written back just after; elsewhere
+    /// that was written. Where this server holds the directory, little is written back a moment later; elsewhere
     /// little goes into the journal, and what is more is durable when this answers. Drops the process's
     /// record locks.
     ///
@@ -227,7 +227,7 @@ impl Vfs {
     pub(super) async fn close(&self, handle: HandleId) {
         let Some((ino, mode, lock_owners)) = self.handles.close(handle) else { return };
         self.pages_are_current(ino);
-        if mode.write && !self.content.flush_soon(ino) {
+        if mode.write && !self.content.may_wait(ino) {
             // Stores through a mapping can arrive after the last close; nobody is left to be told.
             if let Err(error) = self.content.flush(ino).await {
                 tracing::warn!(%ino, %error, "write back after the last close");

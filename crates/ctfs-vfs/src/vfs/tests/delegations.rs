@@ -70,9 +70,27 @@ async fn a_small_file_that_was_closed_in_a_held_directory_is_read_everywhere_and
     assert_eq!(extents(old.ino), 1);
 
     let dir = held_again(&world, dir).await;
+    file(world.vfs(0), dir, "old", &bytes).await;
     let new = file(world.vfs(0), dir, "new", &bytes).await;
+    assert_eq!(extents(new.ino), 0, "it may be removed again just after");
     world.vfs(0).rename(dir, b"new", dir, b"old", 0).await.unwrap();
     assert_eq!(extents(new.ino), 1, "what it replaced is gone for good");
+}
+
+#[tokio::test]
+async fn a_file_that_is_removed_just_after_it_was_closed_takes_no_chunk_and_another_takes_one_soon() {
+    let world = World::with(1, settings());
+    let dir = held(&world).await;
+    file(world.vfs(0), dir, "brief", &[7; 9000]).await;
+    world.vfs(0).unlink(dir, b"brief").await.unwrap();
+    let stays = file(world.vfs(0), dir, "stays", &[8; 9000]).await.ino;
+    let taken = async {
+        while world.servers[0].meta.replica().read().cells(stays, 0, 9).unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), taken).await.expect("it is written back by itself");
+    assert_eq!(world.cluster.chunks(), 1, "of the one that stays");
 }
 
 #[tokio::test]

@@ -124,6 +124,11 @@ impl Cluster {
     }
 
     /// Another server of this cluster, numbered `node`, with its cache tier in `dir`.
+    /// How many chunks the servers have.
+    pub fn chunks(&self) -> usize {
+        self.chunks.lock().len()
+    }
+
     pub fn server(self: &Arc<Self>, node: u64, dir: &Path, settings: VfsSettings) -> Server {
         self.server_with_cache(node, dir, settings, 256 << 20)
     }
