@@ -244,8 +244,8 @@ impl Node {
 
     fn directories(&self) -> DirectoriesReport {
         let held = self.consensus.replica().read().delegated();
-        let DelegationFigures { taken, ahead, given_up, shared, recalled } = self.vfs.delegations();
-        DirectoriesReport { held, taken, ahead, given_up, shared, recalled }
+        let DelegationFigures { taken, ahead, given_up, unused, shared, recalled } = self.vfs.delegations();
+        DirectoriesReport { held, taken, ahead, given_up, unused, shared, recalled }
     }
 
     /// Chunks of the volume and how many the servers say they still lack.

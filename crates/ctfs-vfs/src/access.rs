@@ -93,6 +93,14 @@ pub trait Metadata: Send + Sync + 'static {
         !self.leased_for().is_zero()
     }
 
+    /// Returns when the replica shows everything that was answered anywhere before the call.
+    ///
+    /// # Errors
+    /// As [`Self::barrier`].
+    async fn be_current(&self) -> Result<(), FsError> {
+        if self.leased() { Ok(()) } else { self.barrier().await }
+    }
+
     /// For how long it holds if it is not renewed.
     fn leased_for(&self) -> Duration;
 

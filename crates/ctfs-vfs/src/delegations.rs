@@ -11,6 +11,8 @@
 //!   a moment, so that a walk over a large tree asks once and not once for each directory.
 //! - A directory that is recalled again shortly after stays shared for a minute: two servers that
 //!   write it in turn would only take it from each other.
+//! - What nobody changed for long and nobody here has in use is given up unasked: the next who looks at
+//!   it elsewhere, over whatever distance, need not ask.
 //!
 //! [`Delegations`] stands between the file system and the metadata: every command comes through it.
 
@@ -34,6 +36,8 @@ use crate::{FsError, Happened, Holders, Metadata, Request, content::is_over};
 
 /// Directories given up by one command.
 const GIVE_UP_MAX: usize = 512;
+/// Directories looked through for some that nobody uses.
+const HELD_MAX: usize = 8192;
 /// Directories whose last change is remembered; past it all count as changed long ago.
 const REMEMBERED_MAX: usize = 1 << 16;
 
@@ -51,6 +55,8 @@ pub struct DelegationSettings {
     pub ask_again: Duration,
     /// A directory not changed for so long is given up together with another one.
     pub idle: Duration,
+    /// A directory not changed for so long is given up unasked.
+    pub unused: Duration,
     /// Recalled twice within this, a directory is shared...
     pub flapping: Duration,
     /// ...for so long.
@@ -65,6 +71,7 @@ impl Default for DelegationSettings {
             call_patience: Duration::from_secs(8),
             ask_again: Duration::from_millis(300),
             idle: Duration::from_secs(1),
+            unused: Duration::from_secs(10),
             flapping: Duration::from_secs(10),
             shared_for: Duration::from_secs(60),
         }
@@ -80,6 +87,8 @@ pub struct DelegationFigures {
     pub ahead: u64,
     /// Recalls by other servers that were answered.
     pub given_up: u64,
+    /// Directories given up unasked, because nobody used them.
+    pub unused: u64,
     /// Directories that were left shared, because they were recalled again and again.
     pub shared: u64,
     /// Recalls of what other servers held.
@@ -104,6 +113,8 @@ struct State {
     /// Given up by a command whose outcome is not known: held at most until it is taken anew.
     in_doubt: HashSet<Ino>,
     changed: HashMap<Ino, Instant>,
+    /// Inodes with other changes than of names, since it was looked last which directories nobody uses.
+    touched: HashSet<Ino>,
     recalled: HashMap<Ino, Instant>,
     figures: DelegationFigures,
 }
@@ -138,8 +149,8 @@ impl Delegations {
         let _kept = if keeps(Rule::WaitingGivesUp) { None } else { Some(self.giving_up.lock().await) };
         let patience = deadline.saturating_duration_since(Instant::now()).min(self.settings.call_patience);
         match timeout(patience, self.holders.recall(holder, dir)).await {
-            // The holder says that it is given up; it may not be applied here yet.
-            Ok(Ok(())) => return self.inner.barrier().await,
+            // The holder says that it is given up; without a lease it may not be applied here yet.
+            Ok(Ok(())) => return self.inner.be_current().await,
             Ok(Err(error)) => debug!(%dir, node = %holder.node, %error, "the holder did not give the directory up"),
             Err(_) => debug!(%dir, node = %holder.node, "the holder did not answer"),
         }
@@ -148,7 +159,7 @@ impl Delegations {
         }
         tokio::time::sleep(self.settings.ask_again).await;
         // It may have ended meanwhile.
-        self.inner.barrier().await
+        self.inner.be_current().await
     }
 
     /// Another server wants the directory: all that happened there is in the log, and the directory is
@@ -180,6 +191,46 @@ impl Delegations {
                 }
             }
         }
+        self.disown(given, shared).await
+    }
+
+    /// Gives up unasked what was not changed for long. `busy` says in which directories programs here are at
+    /// work; it is asked only when there is something to give up. Answers how many were given up.
+    ///
+    /// # Errors
+    /// As [`Self::give_up`].
+    pub async fn give_up_unused(&self, busy: impl FnOnce() -> Result<HashSet<Ino>, FsError>) -> Result<usize, FsError> {
+        let _one_at_a_time = self.giving_up.lock().await;
+        let mut given = {
+            let replica = self.inner.replica().read();
+            let mut state = self.state.lock();
+            for ino in std::mem::take(&mut state.touched) {
+                if let Some((dir, _)) = replica.cover(ino)? {
+                    State::remember(&mut state.changed, dir);
+                }
+            }
+            let is_unused = |ino: &Ino| state.changed.get(ino).is_none_or(|at| at.elapsed() >= self.settings.unused);
+            let mut held = replica.held_directories(self.inner.holder(), HELD_MAX)?;
+            held.retain(|(ino, _)| is_unused(ino) && !state.in_doubt.contains(ino));
+            held
+        };
+        if given.is_empty() {
+            return Ok(0);
+        }
+        let busy = busy()?;
+        given.retain(|(ino, _)| !busy.contains(ino));
+        given.truncate(GIVE_UP_MAX);
+        let count = given.len();
+        if count > 0 {
+            self.disown(given, false).await?;
+            self.state.lock().figures.unused += count as u64;
+        }
+        Ok(count)
+    }
+
+    /// The caller gives up alone.
+    async fn disown(&self, given: Vec<(Ino, u64)>, shared: bool) -> Result<(), FsError> {
+        let me = self.inner.holder();
         let dirs: Vec<Ino> = given.iter().map(|(dir, _)| *dir).collect();
         self.inner.close_ahead(&dirs);
         match self.inner.request().propose(Op::Disown { files: given, holder: me, shared }).await {
@@ -238,6 +289,7 @@ impl Delegations {
         match taken {
             Ok(_) => {
                 state.figures.taken += 1;
+                State::remember(&mut state.changed, dir);
                 if state.in_doubt.remove(&dir) {
                     drop(state);
                     self.inner.replica().write().open_ahead(&[dir]);
@@ -253,8 +305,18 @@ impl Delegations {
         if !matches!(happened, Happened::Answered(Err(_))) {
             let mut state = self.state.lock();
             state.figures.ahead += 1;
-            for dir in dirs_of(op) {
+            // A directory that was just made will be used.
+            let made = match &happened {
+                Happened::Answered(Ok(Reply::Entry { attr, .. })) if attr.kind == FileKind::Directory => Some(attr.ino),
+                _ => None,
+            };
+            for dir in dirs_of(op).chain(made) {
                 State::remember(&mut state.changed, dir);
+            }
+            if let Op::SetAttr { ino, .. } | Op::SetXattr { ino, .. } | Op::RemoveXattr { ino, .. } = op
+                && state.touched.len() < REMEMBERED_MAX
+            {
+                state.touched.insert(*ino);
             }
         }
         Some(happened)

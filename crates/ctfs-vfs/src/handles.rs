@@ -190,6 +190,13 @@ impl Handles {
         ids.filter_map(|id| inner.open.get(id)).any(|handle| handle.mode.write)
     }
 
+    /// Inodes that are open for writing here or through which locks are held, each once for each handle.
+    pub fn in_use(&self) -> Vec<Ino> {
+        let inner = self.inner.lock();
+        let in_use = inner.open.values().filter(|handle| handle.mode.write || !handle.lock_owners.is_empty());
+        in_use.map(|handle| handle.ino).collect()
+    }
+
     /// For each inode whether it is open here. Those that are not are barred from being opened.
     pub fn open_orphans(&self, inos: &[Ino]) -> Vec<bool> {
         let mut inner = self.inner.lock();

@@ -13,6 +13,7 @@ mod leaving;
 mod lock_doubts;
 mod locks;
 mod names;
+mod unused;
 mod xattrs;
 
 #[cfg(test)]
@@ -149,10 +150,10 @@ impl Vfs {
         let runtime = settings.content.runtime.clone().unwrap_or_else(tokio::runtime::Handle::current);
         let delegations = Delegations::new(meta, holders.clone(), settings.delegations.clone(), runtime.clone());
         let meta: Arc<dyn Metadata> = Arc::new(RuledMetadata(delegations.clone()));
-        let partition = Partition::new(meta.clone(), runtime);
+        let partition = Partition::new(meta.clone(), runtime.clone());
         let around =
             Around { meta: meta.clone(), chunks: chunks.clone(), holders, waits: waits.clone(), partition: partition.clone() };
-        Arc::new(Self {
+        let vfs = Arc::new(Self {
             partition,
             content: Content::new(around, tier, settings.content.clone()),
             handles: Handles::new(settings.handles_max),
@@ -167,7 +168,9 @@ impl Vfs {
             delegations,
             chunks,
             settings,
-        })
+        });
+        runtime.spawn(unused::give_up(Arc::downgrade(&vfs)));
+        vfs
     }
 
     pub fn content(&self) -> &Content {

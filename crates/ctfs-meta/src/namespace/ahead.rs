@@ -154,6 +154,7 @@ impl Namespace {
         if is_idle || !Self::can_be_ahead(&command.op) || self.layer.len() >= AHEAD_MAX || self.tells_nobody(&command.op, holder)? || !self.complete(command, holder)? {
             return Ok(Ahead::NotAlone);
         }
+        self.may_have_policies |= matches!(command.op, Op::SetPolicy { .. });
         let mut txn = Txn::new(View::ahead(&*self.store, &self.layer.records, &self.layer.sums));
         let mut counters = self.counters.clone();
         let mut apply = Apply::of_one(&mut txn, &mut counters, command.request, command.at, self.freed_max);

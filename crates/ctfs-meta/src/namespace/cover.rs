@@ -9,8 +9,6 @@
 //! Subdirectories are held, or not, by themselves. What belongs to no inode (counts of chunks, the
 //! members) is nobody's, and a command that needs it goes through the log.
 
-use std::cell::RefCell;
-
 use ctfs_types::{
     FileUse, Holder, Ino,
     rules::{Rule, keeps},
@@ -21,7 +19,7 @@ use super::{
     ahead::Layer,
     keys,
     records::Inode,
-    txn::{Outcome, Txn},
+    txn::Outcome,
 };
 use crate::{About, Change, Command, MetaError, Op, StoreError};
 
@@ -65,12 +63,8 @@ impl Subject {
 /// Who alone may change what belongs to an inode, and the directory by which.
 pub type Cover = Option<(Ino, Holder)>;
 
-/// The rule, over whatever reads inodes and first links.
-fn cover(
-    ino: Ino,
-    mut inode: impl FnMut(Ino) -> Result<Option<Inode>, StoreError>,
-    home: impl FnOnce(Ino) -> Result<Option<Ino>, StoreError>,
-) -> Result<Cover, StoreError> {
+/// The rule, over whatever reads inodes.
+fn cover(ino: Ino, mut inode: impl FnMut(Ino) -> Result<Option<Inode>, StoreError>) -> Result<Cover, StoreError> {
     let Some(own) = inode(ino)? else { return Ok(None) };
     if own.is_dir() {
         return Ok(holder(own.usage).map(|holder| (ino, holder)));
@@ -78,7 +72,7 @@ fn cover(
     if own.nlink != 1 || matches!(own.usage, FileUse::Shared { .. }) {
         return Ok(None);
     }
-    let Some(home) = home(ino)? else { return Ok(None) };
+    let Some(home) = own.home else { return Ok(None) };
     let by_home = inode(home)?.and_then(|home| holder(home.usage));
     Ok(by_home.filter(|by_home| holder(own.usage).is_none_or(|own| own == *by_home)).map(|holder| (home, holder)))
 }
@@ -129,28 +123,22 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
-    /// Whether the command changed anything by which what was there before is covered. Most do not, and looking
-    /// costs less than finding each one's home.
+    /// Whether the command changed anything by which what was there before is covered. Most do not.
     fn moves_covers(&mut self) -> Outcome<bool> {
         for key in self.txn.written() {
-            let is_moved = match key.first() {
-                Some(&keys::LINK) => true,
-                Some(&keys::INODE) => {
-                    let by_which = |inode: Inode| (inode.usage, inode.nlink);
-                    let before = self.txn.before(&key)?.map(by_which);
-                    before.is_some() && before != self.txn.peek(&key)?.map(by_which)
+            if key.first() == Some(&keys::INODE) {
+                let by_which = |inode: Inode| (inode.usage, inode.nlink, inode.home);
+                let before = self.txn.before(&key)?.map(by_which);
+                if before.is_some() && before != self.txn.peek(&key)?.map(by_which) {
+                    return Ok(true);
                 }
-                _ => false,
-            };
-            if is_moved {
-                return Ok(true);
             }
         }
         Ok(false)
     }
 
     fn cover_now(&mut self, ino: Ino) -> Outcome<Cover> {
-        self.cover_in(ino, |txn, key| txn.peek(key), |txn, from, to| txn.peek_scan(from, to, 1))
+        Ok(cover(ino, |ino| self.txn.peek(&keys::inode(ino)))?)
     }
 
     /// Who covered the inode before this command.
@@ -158,28 +146,9 @@ impl Apply<'_, '_> {
         if let Some(known) = self.txn.covers.get(&ino) {
             return Ok(*known);
         }
-        let cover = self.cover_in(ino, |txn, key| txn.before(key), |txn, from, to| txn.scan_before(from, to, 1))?;
+        let cover = cover(ino, |ino| self.txn.before(&keys::inode(ino)))?;
         self.txn.covers.insert(ino, cover);
         Ok(cover)
-    }
-
-    fn cover_in(
-        &mut self,
-        ino: Ino,
-        inode: impl Fn(&mut Txn<'_>, &[u8]) -> Result<Option<Inode>, StoreError>,
-        links: impl FnOnce(&Txn<'_>, &[u8], &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError>,
-    ) -> Outcome<Cover> {
-        let txn = RefCell::new(&mut *self.txn);
-        let found = cover(
-            ino,
-            |ino| inode(*txn.borrow_mut(), &keys::inode(ino)),
-            |ino| {
-                let (from, to) = keys::under(keys::LINK, &[ino.0]);
-                let first = links(*txn.borrow(), &from, &to)?;
-                Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
-            },
-        );
-        Ok(found?)
     }
 
     /// Whose holdings have ended is not asked.
@@ -245,7 +214,7 @@ impl Namespace {
         if self.delegated() == 0 {
             return Ok(None);
         }
-        cover(ino, |ino| self.inode(ino), |ino| Ok(self.first_link(ino)?.map(|(parent, _)| parent)))
+        cover(ino, |ino| self.inode(ino))
     }
 
     /// Directories that servers hold.

@@ -63,6 +63,8 @@ pub struct Namespace {
     cuts: BTreeMap<Ino, Vec<Cut>>,
     /// What this server's own commands have changed that the log does not have yet.
     layer: Layer,
+    /// Something may have a policy; most volumes have none, and each file that is made asks for it.
+    may_have_policies: bool,
     /// [`CELLS_FREED_MAX`]; less in tests.
     freed_max: usize,
 }
@@ -172,12 +174,13 @@ impl Namespace {
     pub fn open(store: Box<dyn Store>) -> Result<Self, StoreError> {
         let counters = store.get(&keys::counters())?;
         let hash = store.get(&keys::state_hash())?;
-        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), freed_max: CELLS_FREED_MAX };
+        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), freed_max: CELLS_FREED_MAX, may_have_policies: false };
         match (counters, hash) {
             (Some(counters), Some(hash)) => {
                 namespace.counters = records::decode(&keys::counters(), &counters)?;
                 namespace.hash = records::decode(&keys::state_hash(), &hash)?;
                 namespace.cuts = namespace.stored_cuts()?;
+                namespace.may_have_policies = namespace.has_policies()?;
             }
             (None, None) => namespace.make_root()?,
             _ => {
@@ -208,6 +211,7 @@ impl Namespace {
             target: Vec::new(),
             dir: Some(Dir::new(Ino::ROOT)),
             usage: Default::default(),
+            home: None,
         };
         txn.put(keys::inode(Ino::ROOT), &root);
         txn.put(keys::counters(), &self.counters);
@@ -262,6 +266,7 @@ impl Namespace {
         let mut txn = Txn::new(View::committed(&*self.store));
         let mut counters = self.counters.clone();
         let mut applied = Applied::default();
+        self.may_have_policies |= commands.iter().any(|command| matches!(command.op, Op::SetPolicy { .. }));
         for command in commands {
             txn.begin();
             let verdict = run(&mut txn, &mut counters, command, self.freed_max)?;
@@ -510,6 +515,11 @@ impl Apply<'_, '_> {
         Ok(first.first().and_then(|(key, _)| keys::number_at(key, 9)).map(Ino))
     }
 
+    /// The same of an inode that was looked at.
+    fn home_of(&mut self, ino: Ino, inode: &Inode) -> Outcome<Option<Ino>> {
+        if inode.nlink == 1 { Ok(inode.home) } else { self.home(ino) }
+    }
+
     /// What an inode counts for in the directories above it, with all that is below it.
     fn counts_for(&mut self, ino: Ino, inode: &Inode) -> Outcome<Totals> {
         let below = if inode.is_dir() { self.txn.totals(ino)? } else { Totals::default() };
@@ -521,7 +531,7 @@ impl Apply<'_, '_> {
         self.put_inode(ino, inode);
         let difference = inode.contribution().minus(before);
         if difference != Totals::default()
-            && let Some(home) = self.home(ino)?
+            && let Some(home) = self.home_of(ino, inode)?
         {
             self.add_totals(home, difference)?;
         }

@@ -107,6 +107,7 @@ impl Apply<'_, '_> {
             target,
             dir: (kind == FileKind::Directory).then(|| Dir::new(parent)),
             usage: FileUse::Free,
+            home: None,
         };
         match node.holder.filter(|_| matches!(kind, FileKind::File | FileKind::Directory)) {
             Some(holder) => self.put_owned(ino, &mut inode, holder),
@@ -132,7 +133,7 @@ impl Apply<'_, '_> {
         if self.dentry(parent, name)?.is_some() {
             return Err(MetaError::Exists { parent, name: name.clone() }.into());
         }
-        if let Some(home) = self.home(ino)? {
+        if let Some(home) = self.home_of(ino, &inode)? {
             self.must_share_quota(home, parent)?;
         }
         self.add_name(parent, name, ino)?;
@@ -266,6 +267,7 @@ impl Apply<'_, '_> {
         self.unhook(parent, name, ino, true)?;
         let mut inode = self.inode(ino)?;
         inode.nlink = if inode.is_dir() { 0 } else { inode.nlink - 1 };
+        inode.home = if inode.nlink == 1 { self.home(ino)? } else { None };
         self.end_holding(ino, &mut inode);
         self.put_quota(ino, &mut inode, Quota::default());
         self.put_inode(ino, &inode);
@@ -282,8 +284,9 @@ impl Apply<'_, '_> {
         let before = if recounts { self.home_besides(ino, None)? } else { None };
         let mut inode = self.inode(ino)?;
         inode.ctime = self.at;
-        if let Some(dir) = &mut inode.dir {
-            dir.parent = parent;
+        match &mut inode.dir {
+            Some(dir) => dir.parent = parent,
+            None => inode.home = (inode.nlink == 1).then_some(parent),
         }
         self.put_inode(ino, &inode);
 

@@ -403,10 +403,21 @@ impl Namespace {
         Ok(self.record(&keys::policy(ino))?.unwrap_or_default())
     }
 
+    /// Whether anything has a policy.
+    pub(super) fn has_policies(&self) -> Read<bool> {
+        let (from, to) = keys::under(keys::POLICY, &[]);
+        let mut any = false;
+        self.each(&from, &to, |_, _| {
+            any = true;
+            Ok(ControlFlow::Break(()))
+        })?;
+        Ok(any)
+    }
+
     /// What holds for `ino`: its own policy, then that of the directories above it.
     pub fn effective_policy(&self, ino: Ino) -> Read<EffectivePolicy> {
         let (mut copies, mut cell, mut durability, mut on_partition) = (None, None, None, None);
-        let mut next = Some(ino);
+        let mut next = Some(ino).filter(|_| self.may_have_policies);
         while let Some(ino) = next {
             let policy = self.policy(ino)?;
             copies = copies.or(policy.copies);

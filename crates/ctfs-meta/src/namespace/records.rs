@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::Totals;
 use crate::{Quota, StoreError};
 
-/// 3: the pair of a life, and what writes hold of journals.
-pub const VERSION: u8 = 3;
+/// 4: the home of a file.
+pub const VERSION: u8 = 4;
 /// No record comes near: the largest holds one extended attribute or one inline cell.
 const RECORD_BYTES_MAX: usize = 16 << 20;
 
@@ -42,6 +42,8 @@ pub struct Inode {
     pub dir: Option<Dir>,
     /// Of a file or a directory.
     pub usage: FileUse,
+    /// Of anything but a directory: the directory that has its name, while it has only one.
+    pub home: Option<Ino>,
 }
 
 /// What only a directory has.

@@ -186,21 +186,6 @@ impl<'a> Txn<'a> {
     /// Up to `limit` records with `from <= key < to`, the writes so far included.
     pub fn scan(&mut self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         self.note(from);
-        self.found(&[&self.entry, &self.command], from, to, limit)
-    }
-
-    /// The same, not noted as touched.
-    pub fn peek_scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
-        self.found(&[&self.entry, &self.command], from, to, limit)
-    }
-
-    /// The same as they were before this command.
-    pub fn scan_before(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
-        self.found(&[&self.entry], from, to, limit)
-    }
-
-    /// Records of the store with these batches over it, the last one on top.
-    fn found(&self, over: &[&Batch], from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         let mut found = Vec::new();
         if from >= to || limit == 0 {
             return Ok(found);
@@ -211,7 +196,7 @@ impl<'a> Txn<'a> {
             if found.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         };
         let mut top: BTreeMap<&[u8], Option<&[u8]>> = BTreeMap::new();
-        for batch in over {
+        for batch in [&self.entry, &self.command] {
             top.extend(batch.range::<[u8], _>(bounds).map(|(key, value)| (key.as_slice(), value.as_deref())));
         }
         merged(top.into_iter(), |visit| self.store.range(from, to, visit), &mut visit)?;

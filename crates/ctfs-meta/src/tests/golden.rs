@@ -224,7 +224,7 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_3() {
+fn the_encoded_bytes_are_those_of_version_4() {
     let mut text = String::new();
     for error in errors() {
         text += &line(&format!("error {}", variant(&error)), &error);

@@ -56,7 +56,7 @@ impl Tree {
 fn count_references(ns: &Namespace, tree: &Tree) {
     let mut counted: BTreeMap<ChunkId, u64> = BTreeMap::new();
     for (_, value) in dump(ns.store(), &[7]).into_iter().filter(|(key, _)| key[0] == 6) {
-        let extent: Extent = codec::decode(3, &value, 1 << 20).unwrap();
+        let extent: Extent = codec::decode(4, &value, 1 << 20).unwrap();
         if let Some(id) = extent.chunk() {
             *counted.entry(id).or_default() += 1;
         }
@@ -71,7 +71,7 @@ fn count_references(ns: &Namespace, tree: &Tree) {
 fn check_counts(ns: &Namespace, tree: &Tree) {
     for (key, value) in dump(ns.store(), &[25]).into_iter().filter(|(key, _)| key[0] == 24) {
         let dir = Ino(u64::from_be_bytes(key[1..].try_into().unwrap()));
-        let counted: Totals = codec::decode(3, &value, 1 << 10).unwrap();
+        let counted: Totals = codec::decode(4, &value, 1 << 10).unwrap();
         assert_ne!(counted, Totals::default(), "counts of {dir}");
         assert_eq!(tree.inodes.get(&dir).and_then(|seen| seen.totals), Some(counted), "counts of {dir}");
     }

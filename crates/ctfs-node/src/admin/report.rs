@@ -92,7 +92,10 @@ pub struct DirectoriesReport {
     pub ahead: u64,
     /// Recalls by other servers that were answered here.
     pub given_up: u64,
-    /// Of these, left shared because they went to and fro.
+    /// Directories given up here unasked, because nobody used them.
+    #[serde(default)]
+    pub unused: u64,
+    /// Of the recalls, those after which the directory was left shared because it went to and fro.
     pub shared: u64,
     /// Recalls from here of what other servers held.
     pub recalled: u64,

@@ -392,6 +392,11 @@ impl Content {
         self.shared.wanted.notify_one();
     }
 
+    /// Files with bytes that the metadata lack.
+    pub fn pending(&self) -> Vec<Ino> {
+        self.shared.pending.lock().keys().copied().collect()
+    }
+
     /// Gives up every file held here that has nothing pending.
     pub async fn give_up_all(&self) {
         self.shared.give_up_all().await;
@@ -667,11 +672,6 @@ impl Shared {
         // Unflushed bytes over committed ones take no more room, but nobody has counted them.
         let most = attr.allocated.max(attr.size.next_multiple_of(512));
         attr.allocated = (attr.allocated + dirty).min(most);
-    }
-
-    /// Makes sure that the replica is current enough to answer from.
-    async fn be_current(&self) -> Result<(), FsError> {
-        if self.meta.leased() { Ok(()) } else { self.meta.barrier().await }
     }
 
     /// Returns when every server shows what the replica showed of the inode before the call.

@@ -257,7 +257,7 @@ impl Shared {
         }
         match fetched {
             // Named no longer, so perhaps collected by now: the caller looks at the new extent.
-            Err(_) if !self.partition.is_cut_off() && self.be_current().await.is_ok() && !self.names(inode.ino, cell, &tag)? => Ok(None),
+            Err(_) if !self.partition.is_cut_off() && self.meta.be_current().await.is_ok() && !self.names(inode.ino, cell, &tag)? => Ok(None),
             fetched => fetched,
         }
     }

@@ -137,7 +137,7 @@ impl Shared {
         let inode = self.inode(ino)?;
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
-            self.be_current().await?;
+            self.meta.be_current().await?;
             let gate = inode.gate.write().await;
             let Some(mode) = self.write_mode(&inode)? else {
                 drop(gate);

@@ -139,7 +139,7 @@ impl Shared {
     pub(super) async fn settle(&self, ino: Ino, pages: Pages) -> Result<(), FsError> {
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
-            self.be_current().await?;
+            self.meta.be_current().await?;
             match self.held_elsewhere(ino)? {
                 None => return Ok(()),
                 Some((what, holder)) => self.recall(what, holder, pages, deadline).await?,
@@ -181,7 +181,7 @@ impl Shared {
             if let Ok(Ok(attr)) = timeout_at(deadline.min(Instant::now() + CALL_PATIENCE), self.holders.peek(holder, ino)).await {
                 return Ok(attr);
             }
-            self.be_current().await?;
+            self.meta.be_current().await?;
             let attr = attr_of(&self.meta.replica().read(), ino)?;
             match attr.usage.held_from(self.meta.holder()) {
                 None => {
@@ -203,7 +203,7 @@ impl Shared {
         let (ino, me) = (inode.ino, self.meta.holder());
         let deadline = Instant::now() + self.settings.holder_patience;
         loop {
-            self.be_current().await?;
+            self.meta.be_current().await?;
             if let Some(mode) = self.write_mode(inode)? {
                 return Ok(mode);
             }

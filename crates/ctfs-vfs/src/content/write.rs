@@ -41,7 +41,7 @@ impl Shared {
         let deadline = Instant::now() + self.settings.holder_patience;
         let (mut data, mut tries) = (data, 0);
         loop {
-            self.be_current().await?;
+            self.meta.be_current().await?;
             let gate = inode.enter().await;
             // Looked at behind the gate: the file changes hands only before it.
             let Some(mode) = self.write_mode(&inode)? else {
@@ -58,7 +58,7 @@ impl Shared {
             }
             if mode == WriteMode::Buffer {
                 // A pause in between may have ended this life, and others have the file.
-                self.be_current().await?;
+                self.meta.be_current().await?;
                 if self.write_mode(&inode)? != Some(WriteMode::Buffer) {
                     drop(gate);
                     return Err(FsError::LostWrites { ino, why: "this server was cut off while it wrote".into() });

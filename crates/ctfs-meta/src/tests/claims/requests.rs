@@ -220,5 +220,5 @@ fn a_state_of_an_older_version_is_refused_by_name() {
     let old = ctfs_types::codec::encode(1, &(5u64, 2u64, 0u64, 0u64));
     store.write(Batch::from([(vec![17], Some(old))])).unwrap();
     let refused = Namespace::open(Box::new(store)).err().expect("refused").to_string();
-    assert!(refused.contains("version 1") && refused.contains("reads version 3"), "{refused}");
+    assert!(refused.contains("version 1") && refused.contains("reads version 4"), "{refused}");
 }

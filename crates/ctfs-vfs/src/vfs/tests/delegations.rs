@@ -6,7 +6,7 @@ use ctfs_meta::{NewContent, NewNode, Op, Reply};
 use ctfs_types::{FileUse, Holder};
 
 use super::*;
-use crate::{DelegationFigures, DelegationSettings};
+use crate::{DelegationFigures, DelegationSettings, LockRequest};
 
 fn settings() -> VfsSettings {
     let delegations = DelegationSettings { takes: true, idle: Duration::ZERO, ..DelegationSettings::default() };
@@ -145,6 +145,36 @@ async fn with_one_directory_all_are_given_up_that_were_not_changed_for_a_while()
     world.vfs(1).lookup(dir, b"x").await.unwrap();
     assert!(below.iter().all(|dir| holder(&world, *dir).is_none()));
     assert_eq!(figures(&world, 0).given_up, 1);
+}
+
+#[tokio::test]
+async fn a_directory_that_nobody_uses_is_given_up_unasked_and_one_that_is_in_use_is_not() {
+    let mut settings = settings();
+    settings.delegations.unused = Duration::from_millis(60);
+    let world = World::with(2, settings);
+    let dir = held(&world).await;
+    let make = async |name: &[u8]| world.vfs(0).mkdir(Caller::ROOT, dir, name, 0o755, 0).await.unwrap().ino;
+    let (unused, written, locked, touched) = (make(b"unused").await, make(b"written").await, make(b"locked").await, make(b"touched").await);
+    assert!([unused, written, locked, touched].iter().all(|dir| holder(&world, *dir).is_some()));
+    let (_, open) = world.vfs(0).create(Caller::ROOT, written, b"f", 0o644, 0, libc::O_RDWR).await.unwrap();
+    let lockable = file(world.vfs(0), locked, "f", b"").await;
+    let lock_handle = world.vfs(0).open(Caller::ROOT, lockable.ino, libc::O_RDONLY).await.unwrap().handle;
+    let lock = LockRequest { owner: 7, exclusive: false, start: 0, end: u64::MAX, pid: 1 };
+    world.vfs(0).setlk(lockable.ino, lock_handle, lock, false, 1).await.unwrap();
+    while holder(&world, unused).is_some() || holder(&world, dir).is_some() {
+        world.vfs(0).setxattr(Caller::ROOT, touched, b"user.a", b"1", 0).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    for kept in [written, locked, touched] {
+        assert!(holder(&world, kept).is_some(), "in use");
+    }
+    world.vfs(0).release(open.handle).await;
+    world.vfs(0).unlock(lockable.ino, lock).await.unwrap();
+    world.vfs(0).release(lock_handle).await;
+    while [written, locked, touched].iter().any(|dir| holder(&world, *dir).is_some()) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(figures(&world, 0).given_up, 0, "nobody asked");
 }
 
 #[tokio::test]
