@@ -1,13 +1,14 @@
 //! The ordered key-value store under the namespace.
 
-use std::ops::ControlFlow;
+use std::{cell::Cell, ops::ControlFlow, ptr};
 
 /// What a store must do for the namespace. Implemented in memory for tests, simulation and
 /// overlays, and over sled by `ctfs-consensus`.
 pub trait Store: Send + Sync {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
 
-    /// Visits the records with `from <= key < to` in key order until `visit` breaks.
+    /// Visits the records with `from <= key < to` in key order until `visit` breaks. `visit` asks the store
+    /// nothing: it may be locked, and a writer that waits for the lock keeps further readers out.
     fn range(
         &self,
         from: &[u8],
@@ -68,7 +69,12 @@ pub enum StoreError {
     Corrupt { key: Vec<u8>, why: String },
 }
 
-/// The store in memory.
+thread_local! {
+    /// The store in memory that this thread is visiting.
+    static VISITED: Cell<*const MemoryStore> = const { Cell::new(ptr::null()) };
+}
+
+/// The store in memory. It holds its callers to the rule of [`Store::range`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MemoryStore {
     records: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
@@ -76,6 +82,7 @@ pub struct MemoryStore {
 
 impl Store for MemoryStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        assert!(!ptr::eq(VISITED.get(), self), "a visit of records asked the store for another one");
         Ok(self.records.get(key).cloned())
     }
 
@@ -88,11 +95,14 @@ impl Store for MemoryStore {
         if from >= to {
             return Ok(());
         }
+        let before = VISITED.replace(self);
+        assert!(!ptr::eq(before, self), "a visit of records began another one");
         for (key, value) in self.records.range(from.to_vec()..to.to_vec()) {
             if visit(key, value).is_break() {
                 break;
             }
         }
+        VISITED.set(before);
         Ok(())
     }
 

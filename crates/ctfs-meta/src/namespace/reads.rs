@@ -21,6 +21,9 @@ use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, M
 
 type Read<T> = Result<T, StoreError>;
 
+/// Records of who holds what that are looked at together.
+const HELD_AT_A_TIME: usize = 1024;
+
 impl Namespace {
     fn view(&self) -> View<'_> {
         View::ahead(&*self.store, &self.layer.records, &self.layer.sums)
@@ -179,16 +182,27 @@ impl Namespace {
 
     /// Up to `limit` directories that `holder` holds, each with the request by which it does.
     pub fn held_directories(&self, holder: Holder, limit: usize) -> Read<Vec<(Ino, u64)>> {
-        let (from, to) = keys::under(keys::OWNED, &[holder.node.0, holder.incarnation.0]);
+        let (mut from, to) = keys::under(keys::OWNED, &[holder.node.0, holder.incarnation.0]);
         let mut held = Vec::new();
-        self.each(&from, &to, |key, _| {
-            let ino = keys::number_at(key, 17).map(Ino).expect("as keys::owned makes it");
-            if let Some(Inode { usage: FileUse::Owned { since, .. }, dir: Some(_), .. }) = self.inode(ino)? {
-                held.push((ino, since));
+        loop {
+            let mut inos = Vec::new();
+            self.each(&from, &to, |key, _| {
+                inos.extend(keys::number_at(key, 17).map(Ino));
+                Ok(if inos.len() < HELD_AT_A_TIME { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+            })?;
+            for &ino in &inos {
+                if let Some(Inode { usage: FileUse::Owned { since, .. }, dir: Some(_), .. }) = self.inode(ino)? {
+                    held.push((ino, since));
+                    if held.len() >= limit {
+                        return Ok(held);
+                    }
+                }
             }
-            Ok(if held.len() < limit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
-        })?;
-        Ok(held)
+            match inos.last() {
+                Some(last) if inos.len() == HELD_AT_A_TIME => from = keys::owned(holder, Ino(last.0 + 1)),
+                _ => return Ok(held),
+            }
+        }
     }
 
     pub fn locks(&self, ino: Ino, kind: LockKind) -> Read<Vec<Lock>> {
