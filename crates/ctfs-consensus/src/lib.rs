@@ -46,6 +46,7 @@ mod tests;
 mod unseen;
 pub mod versioned;
 mod visibility;
+mod warm;
 mod write_behind;
 mod written;
 

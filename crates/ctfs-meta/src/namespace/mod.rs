@@ -32,7 +32,7 @@ pub use self::{
 #[cfg(test)]
 pub(crate) use self::locks::{WAITERS_MAX, WAITERS_OF_LIFE_MAX};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 use ctfs_types::{
     FileKind, FileName, Ino, LogIndex, RequestId, Timestamp,
@@ -63,6 +63,9 @@ pub struct Namespace {
     cuts: BTreeMap<Ino, Vec<Cut>>,
     /// What this server's own commands have changed that the log does not have yet.
     layer: Layer,
+    /// Of clients that commands came from since it was opened, the newest request that was applied: a newer
+    /// one has no verdict yet, and none is looked for.
+    newest: BTreeMap<u64, u64>,
     /// Something may have a policy; most volumes have none, and each file that is made asks for it.
     may_have_policies: bool,
     /// [`CELLS_FREED_MAX`]; less in tests.
@@ -174,7 +177,7 @@ impl Namespace {
     pub fn open(store: Box<dyn Store>) -> Result<Self, StoreError> {
         let counters = store.get(&keys::counters())?;
         let hash = store.get(&keys::state_hash())?;
-        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), freed_max: CELLS_FREED_MAX, may_have_policies: false };
+        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), newest: BTreeMap::new(), freed_max: CELLS_FREED_MAX, may_have_policies: false };
         match (counters, hash) {
             (Some(counters), Some(hash)) => {
                 namespace.counters = records::decode(&keys::counters(), &counters)?;
@@ -269,7 +272,7 @@ impl Namespace {
         self.may_have_policies |= commands.iter().any(|command| matches!(command.op, Op::SetPolicy { .. }));
         for command in commands {
             txn.begin();
-            let verdict = run(&mut txn, &mut counters, command, self.freed_max)?;
+            let verdict = run(&mut txn, &mut counters, &mut self.newest, command, self.freed_max)?;
             let changes = txn.keep();
             applied.changes.extend(changes.into_iter().map(|change| (command.request.client, change)));
             applied.verdicts.push(verdict);
@@ -321,12 +324,24 @@ impl Namespace {
 fn run(
     txn: &mut Txn<'_>,
     counters: &mut Counters,
+    newest: &mut BTreeMap<u64, u64>,
     command: &Command,
     freed_max: usize,
 ) -> Result<Result<Reply, MetaError>, StoreError> {
     let request = command.request;
     let key = keys::verdict(request.client, request.seq);
-    if let Some(verdict) = txn.get(&key)?
+    let newest = match newest.entry(request.client) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(unknown) => {
+            let (from, to) = keys::under(keys::VERDICT, &[request.client]);
+            let verdicts = txn.scan(&from, &to, usize::MAX)?;
+            unknown.insert(verdicts.last().and_then(|(key, _)| keys::number_at(key, 9)).unwrap_or(0))
+        }
+    };
+    let is_new = request.seq > *newest;
+    *newest = request.seq.max(*newest);
+    if !is_new
+        && let Some(verdict) = txn.get(&key)?
         && keeps(Rule::RequestsHappenOnce)
     {
         return Ok(verdict);
@@ -402,7 +417,7 @@ fn run(
         }
         txn.put(keys::floor(request.client), &forget);
     }
-    txn.put(key, &verdict);
+    if is_new { txn.put_new(key, &verdict) } else { txn.put(key, &verdict) }
     Ok(verdict)
 }
 

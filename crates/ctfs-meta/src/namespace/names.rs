@@ -111,7 +111,7 @@ impl Apply<'_, '_> {
         };
         match node.holder.filter(|_| matches!(kind, FileKind::File | FileKind::Directory)) {
             Some(holder) => self.put_owned(ino, &mut inode, holder),
-            None => self.put_inode(ino, &inode),
+            None => self.txn.put_new(keys::inode(ino), &inode),
         }
         self.add_name(parent, name, ino)?;
         let attr = self.inode(ino)?.attr(ino);
@@ -272,7 +272,7 @@ impl Apply<'_, '_> {
         self.put_quota(ino, &mut inode, Quota::default());
         self.put_inode(ino, &inode);
         if inode.nlink == 0 {
-            self.txn.put(keys::orphan(ino), &());
+            self.txn.put_new(keys::orphan(ino), &());
             self.changed(Change::Orphaned { ino });
         }
         Ok(())
@@ -302,8 +302,8 @@ impl Apply<'_, '_> {
         (dir_inode.mtime, dir_inode.ctime) = (self.at, self.at);
         self.put_inode(parent, &dir_inode);
         self.txn.put(keys::name(parent, name), &Dentry { ino, kind: inode.kind, cookie });
-        self.txn.put(keys::cookie(parent, cookie), &CookieEntry { name: name.clone(), ino, kind: inode.kind });
-        self.txn.put(keys::link(ino, parent, name), &());
+        self.txn.put_new(keys::cookie(parent, cookie), &CookieEntry { name: name.clone(), ino, kind: inode.kind });
+        self.txn.put_new(keys::link(ino, parent, name), &());
         if recounts {
             self.recount(ino, &inode, before, parent, true)?;
         }

@@ -173,6 +173,17 @@ impl<'a> Txn<'a> {
         self.command.insert(key, Some(records::encode(record)));
     }
 
+    /// As [`Self::put`], where there has never been a record: the store need not be asked what was there.
+    pub fn put_new<T: Serialize>(&mut self, key: Vec<u8>, record: &T) {
+        // What was written in this entry may have been there before.
+        if !self.entry.contains_key(&key) && !self.command.contains_key(&key) {
+            #[cfg(test)]
+            assert!(matches!(self.store.get(&key), Ok(None)), "{key:02x?} is not new");
+            self.originals.entry(key.clone()).or_insert(None);
+        }
+        self.put(key, record);
+    }
+
     pub fn put_raw(&mut self, key: Vec<u8>, value: Vec<u8>) {
         self.note(&key);
         self.command.insert(key, Some(value));
