@@ -56,6 +56,12 @@ struct Handle {
     dead: bool,
 }
 
+impl Handle {
+    fn is_in_use(&self) -> bool {
+        self.mode.write || !self.lock_owners.is_empty()
+    }
+}
+
 /// Handles open on this server.
 #[derive(Debug)]
 pub struct Handles {
@@ -190,11 +196,17 @@ impl Handles {
         ids.filter_map(|id| inner.open.get(id)).any(|handle| handle.mode.write)
     }
 
+    /// Whether the inode is open for writing here, or locks are held through one of its handles.
+    pub fn is_in_use(&self, ino: Ino) -> bool {
+        let inner = self.inner.lock();
+        let ids = inner.by_inode.get(&ino).into_iter().flatten();
+        ids.filter_map(|id| inner.open.get(id)).any(Handle::is_in_use)
+    }
+
     /// Inodes that are open for writing here or through which locks are held, each once for each handle.
     pub fn in_use(&self) -> Vec<Ino> {
         let inner = self.inner.lock();
-        let in_use = inner.open.values().filter(|handle| handle.mode.write || !handle.lock_owners.is_empty());
-        in_use.map(|handle| handle.ino).collect()
+        inner.open.values().filter(|handle| handle.is_in_use()).map(|handle| handle.ino).collect()
     }
 
     /// For each inode whether it is open here. Those that are not are barred from being opened.

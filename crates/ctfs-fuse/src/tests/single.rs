@@ -226,6 +226,35 @@ fn a_program_that_runs_is_not_emptied() {
 }
 
 #[test]
+fn a_lock_through_a_descriptor_for_reading_ends_with_it() {
+    let Some(mounts) = Mounts::new(1) else { return };
+    mounts.run(|paths| {
+        fs::write(paths[0].join("read"), "bytes").unwrap();
+        let printed = shell(
+            &paths[0].join("read"),
+            r#"timeout 20 python3 - "$D" <<'EOF'
+import fcntl, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.lockf(fd, fcntl.LOCK_SH)
+def may():
+    if os.fork() == 0:
+        other = os.open(sys.argv[1], os.O_RDWR)
+        try:
+            fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.wait()[1]) == 0
+print(may())
+os.close(fd)
+print(may())
+EOF"#,
+        );
+        assert_eq!(printed.lines().collect::<Vec<_>>(), ["False", "True"]);
+    });
+}
+
+#[test]
 fn locks_exclude_processes_and_a_killed_waiter_ends_at_once() {
     let Some(mounts) = Mounts::new(1) else { return };
     mounts.run(|paths| {

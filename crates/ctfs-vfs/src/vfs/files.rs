@@ -20,6 +20,8 @@ pub struct Opened {
     pub keep_cache: bool,
     /// Reads and writes shall bypass the kernel's page cache.
     pub direct: bool,
+    /// Closing a descriptor needs nothing done before it returns.
+    pub closes_at_once: bool,
 }
 
 impl Vfs {
@@ -50,6 +52,8 @@ impl Vfs {
             attr
         };
         mode.direct |= wants_direct(mode) || matches!(attr.usage, FileUse::Shared { .. });
+        // A close that is not told of leaves the process's locks through other descriptors: there is none now.
+        let closes_at_once = !mode.write && !self.handles.is_in_use(ino);
         let handle = self.open_handle(ino, mode)?;
         if flags & libc::O_TRUNC != 0 {
             let set = SetAttr { size: Some(0), drop_privileges: caller.uid != 0, ..SetAttr::default() };
@@ -62,7 +66,7 @@ impl Vfs {
         if !keep_cache {
             self.pages_are_current(ino);
         }
-        Ok(Opened { handle, keep_cache, direct: mode.direct })
+        Ok(Opened { handle, keep_cache, direct: mode.direct, closes_at_once })
     }
 
     /// Makes a file and opens it.
@@ -90,7 +94,7 @@ impl Vfs {
             made => made?,
         };
         let handle = self.open_handle(attr.ino, open)?;
-        Ok((attr, Opened { handle, keep_cache: false, direct: open.direct }))
+        Ok((attr, Opened { handle, keep_cache: false, direct: open.direct, closes_at_once: false }))
     }
 
     fn open_handle(&self, ino: Ino, mode: OpenMode) -> Result<HandleId, FsError> {

@@ -301,6 +301,24 @@ async fn closing_any_descriptor_drops_the_process_locks_and_the_last_one_those_o
 }
 
 #[tokio::test]
+async fn a_file_that_is_only_read_here_closes_at_once_but_not_while_it_is_written_or_locked_here() {
+    let world = World::new(1);
+    let vfs = world.vfs(0);
+    let ino = file(vfs, ROOT, "f", b"bytes").await.ino;
+    let open = async |flags: i32| vfs.open(Caller::ROOT, ino, flags).await.unwrap();
+    let reader = open(libc::O_RDONLY).await;
+    assert!(reader.closes_at_once);
+    let writer = open(libc::O_RDWR).await;
+    assert!(!writer.closes_at_once && !open(libc::O_RDONLY).await.closes_at_once);
+    vfs.release(writer.handle).await;
+    assert!(open(libc::O_RDONLY).await.closes_at_once);
+    vfs.setlk(ino, reader.handle, shared(1), false, 0).await.unwrap();
+    assert!(!open(libc::O_RDONLY).await.closes_at_once, "its close gives back the process's lock");
+    vfs.release(reader.handle).await;
+    assert_eq!(vfs.getlk(ino, whole(2)).await.unwrap(), None, "given back with the last descriptor");
+}
+
+#[tokio::test]
 async fn a_lock_of_a_file_closed_here_is_not_found_in_the_way_by_whoever_asks_next_here() {
     // close(2) does not wait for the release, so `flock -n` twice in a row failed.
     let world = World::new(1);
