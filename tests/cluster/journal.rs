@@ -200,3 +200,28 @@ fn a_server_that_was_cut_off_loses_nothing_that_it_had_synced() {
         pages.check(&cluster, server, "pages");
     }
 }
+
+#[test]
+fn a_file_of_class_all_is_on_every_server_that_is_up_when_fsync_returns() {
+    let cluster = Cluster::start("journal-all", 4);
+    let dir = cluster.mnt(2).join("all");
+    fs::create_dir(&dir).unwrap();
+    cluster.ctfs(2, &["policy", "set", dir.to_str().unwrap(), "--durability", "all"]);
+    let holders = |name: &str| -> Vec<String> {
+        let report = cluster.json(2, &["info", dir.join(name).to_str().unwrap()]);
+        let holders = report["cells"][0]["holders"].as_array().unwrap();
+        let mut names: Vec<_> = holders.iter().filter(|holder| holder["holds"] == true).map(|holder| holder["name"].as_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    write_synced(&dir.join("a"), &noise(1, 100_000)).unwrap();
+    assert_eq!(holders("a"), ["s1", "s2", "s3", "s4"]);
+    cluster.kill(4);
+    // As long as s4 may be up, it is waited for.
+    let start = Instant::now();
+    wait_for("fsync without s4", Duration::from_secs(30), || write_synced(&dir.join("b"), &noise(2, 100_000)).ok());
+    println!("went on after {:?}", start.elapsed());
+    assert_eq!(holders("b"), ["s1", "s2", "s3"]);
+    cluster.restart(4);
+    wait_for("repair", Duration::from_secs(60), || (holders("b").len() == 4).then_some(()));
+}

@@ -98,7 +98,7 @@ pub enum Durability {
     Pair,
     /// The data on as many as there shall be copies, names and attributes on most.
     Quorum,
-    /// On every server's.
+    /// On that of every server that answers.
     All,
 }
 

@@ -16,5 +16,7 @@ pub const FILE_BYTES_MAX: u64 = 1 << 60;
 pub const INLINE_BYTES_MAX: usize = 4096;
 /// Most bytes a command may encode to; a decoder refuses more before it allocates.
 pub const COMMAND_BYTES_MAX: usize = 1 << 20;
+/// A wish for a copy of a chunk on every server, however many there are.
+pub const COPIES_ON_EVERY: u8 = u8::MAX;
 /// Largest chunk: one cell of 8 MiB.
 pub const CHUNK_BYTES_MAX: usize = 8 << 20;

@@ -27,7 +27,7 @@ use std::{
 };
 
 use ctfs_chunk::CacheTier;
-use ctfs_meta::{Change, LockOwner, MetaError, Op, Reply, Totals, quota};
+use ctfs_meta::{Change, Durability, LockOwner, MetaError, Op, Reply, Totals, quota};
 use ctfs_types::{
     Attr, FileBytes, FileKind, FileName, FileUse, Holder, Incarnation, Ino, LogIndex,
     rules::{Rule, keeps},
@@ -465,6 +465,23 @@ impl Vfs {
     /// Returns when all that happened here before the call is in the log.
     async fn settled(&self) -> Result<(), FsError> {
         if keeps(Rule::FsyncWaitsForLog) { self.meta.settled().await } else { Ok(()) }
+    }
+
+    /// [`Self::settled`], and for [`Durability::All`] until every server with a lease has it: each has its
+    /// log on its disk before it applies.
+    async fn settled_as(&self, class: Durability) -> Result<(), FsError> {
+        self.settled().await?;
+        if class != Durability::All {
+            return Ok(());
+        }
+        let ahead = {
+            let _shown = self.meta.replica().read();
+            self.meta.ahead()
+        };
+        match ahead {
+            Some(index) => self.meta.await_visible(index).await,
+            None => Ok(()),
+        }
     }
 
     /// What the replica shows, and the index that must be visible before it is told.

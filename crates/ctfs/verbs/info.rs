@@ -7,7 +7,7 @@ use ctfs_node::{
     admin::{CachedAs, CellKind, CellReport, HolderReport, InfoReport, Request, Response},
     problem::exit,
 };
-use ctfs_types::ByteSize;
+use ctfs_types::{ByteSize, limits::COPIES_ON_EVERY};
 
 use crate::{
     Context,
@@ -52,6 +52,7 @@ impl Info {
 fn render(report: &InfoReport, most: usize) -> String {
     let copies = match report.copies {
         0 => format!("auto, now {}", report.copies_now),
+        COPIES_ON_EVERY => format!("all, now {}", report.copies_now),
         copies => format!("{copies}, now {}", report.copies_now),
     };
     let mut text = format!("{}\n", report.path);

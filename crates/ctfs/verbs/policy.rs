@@ -8,7 +8,7 @@ use ctfs_node::{
     problem::exit,
 };
 use ctfs_meta::{Durability, OnPartition};
-use ctfs_types::{ByteSize, CellSize};
+use ctfs_types::{ByteSize, CellSize, limits::COPIES_ON_EVERY};
 
 use crate::{Context, choices::Copies, errors::Outcome};
 
@@ -87,7 +87,11 @@ impl Policy {
 
 fn render(report: &PolicyReport) -> String {
     let origin = |set: bool| if set { "set here" } else { "inherited" };
-    let copies = if report.copies == 0 { "auto".into() } else { report.copies.to_string() };
+    let copies = match report.copies {
+        0 => "auto".into(),
+        COPIES_ON_EVERY => "all".into(),
+        copies => copies.to_string(),
+    };
     format!(
         "{}\n  copies      {copies} ({}), now {}\n  chunk size  {} ({})\n  durability  {} ({})\n  cut off     {} ({})\n",
         report.path,

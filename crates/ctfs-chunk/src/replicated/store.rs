@@ -1,7 +1,10 @@
 //! How a chunk is put on the servers that should hold it.
 
 use bytes::Bytes;
-use ctfs_types::{ChunkId, NodeId, limits::CHUNK_BYTES_MAX};
+use ctfs_types::{
+    ChunkId, NodeId,
+    limits::{CHUNK_BYTES_MAX, COPIES_ON_EVERY},
+};
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::time::Instant;
 use tracing::debug;
@@ -17,7 +20,8 @@ impl Chunks {
     ///
     /// Returns when every server tried has finished or failed and at least two (or as many as
     /// were asked for, or as there are) have it on stable storage. Repair moves copies that had
-    /// to go elsewhere.
+    /// to go elsewhere. With [`COPIES_ON_EVERY`] every server that can be reached must have it, and at
+    /// least two; repair brings it to the others when they are back.
     ///
     /// # Errors
     /// [`PutError`], within [`super::ChunkSettings::put_deadline`].
@@ -46,9 +50,8 @@ impl Chunks {
         let deadline = Instant::now() + self.shared.settings.put_deadline;
 
         // Those that seem unreachable are tried only when the others are not enough.
-        let (near, far): (Vec<_>, Vec<_>) =
-            rank.iter().copied().partition(|&node| node == self.shared.local || self.shared.peers.reachable(node));
-        let mut near = near.into_iter();
+        let (near, far): (Vec<_>, Vec<_>) = rank.iter().copied().partition(|&node| self.is_near(node));
+        let mut nearest = near.iter().copied();
         let mut far = far.into_iter();
         let mut holders = Vec::new();
         let mut reasons = Reasons::default();
@@ -57,9 +60,9 @@ impl Chunks {
         loop {
             while holders.len() + attempts.len() < wanted {
                 let more = || holders.len() + attempts.len() < needed;
-                let Some(node) = near.next().or_else(|| more().then(|| far.next()).flatten()) else { break };
+                let Some(node) = nearest.next().or_else(|| more().then(|| far.next()).flatten()) else { break };
                 let bytes = bytes.clone();
-                attempts.push(async move { (node, self.put_on(node, id, bytes, deadline).await) });
+                attempts.push(async move { (node, self.put_on(node, id, bytes, copies, deadline).await) });
             }
             match attempts.next().await {
                 None => break,
@@ -74,6 +77,9 @@ impl Chunks {
         let ideal = &rank[..wanted];
         let detours = holders.iter().filter(|node| !ideal.contains(node)).count();
         count(&self.shared.counters.put_detours, detours as u64);
+        // Not who went away meanwhile.
+        let without = |node: &NodeId| copies == COPIES_ON_EVERY && !holders.contains(node) && self.is_near(*node);
+        let needed = needed.max(holders.len() + near.iter().copied().filter(|node| without(node)).count());
         if holders.len() >= needed.max(1) {
             Ok(Stored { id, holders })
         } else if full > 0 && full == reasons.0.len() {
@@ -83,14 +89,19 @@ impl Chunks {
         }
     }
 
-    async fn put_on(&self, node: NodeId, id: ChunkId, bytes: Bytes, deadline: Instant) -> Result<(), PeerError> {
+    fn is_near(&self, node: NodeId) -> bool {
+        node == self.shared.local || self.shared.peers.reachable(node)
+    }
+
+    async fn put_on(&self, node: NodeId, id: ChunkId, bytes: Bytes, copies: u8, deadline: Instant) -> Result<(), PeerError> {
         let settings = &self.shared.settings;
         if node == self.shared.local {
             // The own disk gets the whole time: a busy one is better than a copy elsewhere.
             let put = tokio::time::timeout_at(deadline, self.shared.store.put(id, bytes)).await;
             return Ok(put.map_err(|_| PeerError::Deadline)??);
         }
-        let until = deadline.min(Instant::now() + settings.peer_put_deadline);
+        // No other server can take it in its stead when it shall be on all.
+        let until = if copies == COPIES_ON_EVERY { deadline } else { deadline.min(Instant::now() + settings.peer_put_deadline) };
         let put = tokio::time::timeout_at(until, self.shared.peers.put(node, id, bytes)).await;
         put.map_err(|_| PeerError::Deadline)?
     }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use ctfs_types::limits::COPIES_ON_EVERY;
 use tempfile::TempDir;
 
 use super::*;
@@ -241,6 +242,42 @@ async fn a_put_needs_two_servers_and_says_who_failed() {
     let PutError::TooFewCopies { wanted: 2, got: 1, reasons } = refused else { panic!("{refused:?}") };
     assert_eq!(sorted(reasons.0.iter().map(|(node, _)| *node).collect()), [NodeId(2), NodeId(3)]);
     assert_eq!(setup.server(1u64).put(body(1), 1).await.unwrap().holders, [NodeId(1)], "one copy was asked for");
+}
+
+#[tokio::test]
+async fn a_put_on_every_server_succeeds_when_all_that_are_up_have_it() {
+    let setup = Setup::new(5);
+    let stored = setup.server(1u64).put(body(0), COPIES_ON_EVERY).await.unwrap();
+    assert_eq!(setup.holders(stored.id), (1..=5).map(NodeId).collect::<Vec<_>>());
+    setup.mood(NodeId(2), Mood::Down);
+    assert_eq!(setup.server(1u64).put(body(1), COPIES_ON_EVERY).await.unwrap().holders.len(), 4, "one is known to be away");
+    for mood in [Mood::Cut, Mood::Full] {
+        setup.mood(NodeId(3), mood);
+        let refused = setup.server(1u64).put(body(2), COPIES_ON_EVERY).await.unwrap_err();
+        match mood {
+            Mood::Full => assert_eq!(refused, PutError::Full),
+            _ => assert!(matches!(refused, PutError::TooFewCopies { wanted: 4, got: 3, .. }), "{refused:?}"),
+        }
+    }
+    (3..=5).for_each(|node| setup.mood(NodeId(node), Mood::Down));
+    assert!(matches!(setup.server(1u64).put(body(3), COPIES_ON_EVERY).await, Err(PutError::TooFewCopies { wanted: 2, got: 1, .. })));
+}
+
+#[tokio::test]
+async fn a_server_that_goes_away_meanwhile_is_none_that_must_have_it() {
+    let setup = Setup::new(3);
+    setup.mood(NodeId(2), Mood::Silent);
+    let first = setup.server(1u64);
+    let put = first.put(body(0), COPIES_ON_EVERY);
+    let gone = async {
+        // Two of three have it, the put waits for the third.
+        while setup.holders(id_of(&body(0))).len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        setup.mood(NodeId(2), Mood::Down);
+    };
+    let (stored, ()) = tokio::join!(put, gone);
+    assert_eq!(sorted(stored.unwrap().holders), [NodeId(1), NodeId(3)]);
 }
 
 #[tokio::test]

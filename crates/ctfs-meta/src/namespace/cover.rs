@@ -105,7 +105,9 @@ impl Apply<'_, '_> {
     }
 
     /// Tells of files that another server may change ahead of the log from here on, because the directory
-    /// that has their only name is held: given up, moved there, or with one name less.
+    /// that has their only name is held: given up, moved there, or with one name less. Not of one that went
+    /// from one directory of its holder to another: nobody else knows of it, and what only its holder knows,
+    /// as locks, must stay sayable ahead of the log.
     pub(super) fn tell_newly_covered(&mut self) -> Outcome<()> {
         if self.counters.delegated == 0 || !self.moves_covers()? {
             return Ok(());
@@ -115,8 +117,8 @@ impl Apply<'_, '_> {
             if self.txn.before::<Inode>(&keys::inode(ino))?.is_none() {
                 continue;
             }
-            let after = self.cover_now(ino)?;
-            if after.is_some_and(|(dir, _)| dir != ino) && after != self.cover_before(ino)? {
+            let before = self.cover_before(ino)?.map(|(_, holder)| holder);
+            if self.cover_now(ino)?.is_some_and(|(dir, holder)| dir != ino && Some(holder) != before) {
                 self.changed(Change::Covered { ino });
             }
         }

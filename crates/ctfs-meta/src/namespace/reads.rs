@@ -6,7 +6,7 @@ use std::{
     ops::{ControlFlow, Range},
 };
 
-use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, FileUse, Holder, Incarnation, Ino, NodeId, Timestamp};
+use ctfs_types::{Attr, CellIndex, ChunkId, Extent, FileName, FileUse, Holder, Incarnation, Ino, NodeId, Timestamp, limits::COPIES_ON_EVERY};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
     records::{self, CookieEntry, Dentry, Inode, Left, Numbers},
     view::View,
 };
-use crate::{Cell, ClusterIdentity, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, Quota, QuotaUse, StoreError, TokenRecord};
+use crate::{Cell, ClusterIdentity, Durability, EffectivePolicy, Lock, LockKind, LockOwner, Member, Policy, Quota, QuotaUse, StoreError, TokenRecord};
 
 type Read<T> = Result<T, StoreError>;
 
@@ -444,10 +444,12 @@ impl Namespace {
                 None => self.first_link(ino)?.map(|(parent, _)| parent),
             };
         }
+        let durability = durability.unwrap_or_default();
         Ok(EffectivePolicy {
-            copies: copies.unwrap_or(0),
+            // Fewer could not be on every server's disk.
+            copies: if durability == Durability::All { COPIES_ON_EVERY } else { copies.unwrap_or(0) },
             cell: cell.unwrap_or_default(),
-            durability: durability.unwrap_or_default(),
+            durability,
             on_partition: on_partition.unwrap_or_default(),
         })
     }

@@ -1,7 +1,7 @@
 //! Files: open, read, write, fsync, close, and what else is done to bytes.
 
 use bytes::Bytes;
-use ctfs_meta::{Change, MetaError, NewContent, SetAttr};
+use ctfs_meta::{Change, Durability, MetaError, NewContent, SetAttr};
 use ctfs_types::{Attr, FileKind, FileUse, Ino};
 
 use super::{Vfs, names::new_node};
@@ -197,18 +197,18 @@ impl Vfs {
     /// As [`Self::flush`].
     pub async fn fsync(&self, ino: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, ino)?;
-        if self.is_in_journal(ino).await? {
+        let class = self.meta.replica().read().effective_policy(ino)?.durability;
+        if self.is_in_journal(ino, class).await? {
             return self.handles.take_error(handle).map_or(Ok(()), Err);
         }
         self.write_back(ino, handle).await?;
-        let settled = self.settled().await;
+        let settled = self.settled_as(class).await;
         // Also what was lost meanwhile.
         self.handles.take_error(handle).map_or(settled, Err)
     }
 
     /// Whether everything written to the file is durable by the journal, as its directory asks.
-    async fn is_in_journal(&self, ino: Ino) -> Result<bool, FsError> {
-        let class = self.meta.replica().read().effective_policy(ino)?.durability;
+    async fn is_in_journal(&self, ino: Ino, class: Durability) -> Result<bool, FsError> {
         Ok(self.meta.journal_counts(class) && self.content.write_down(ino).await? && self.meta.durable(class).await?)
     }
 

@@ -230,7 +230,7 @@ impl Vfs {
     pub async fn fsyncdir(&self, dir: Ino, handle: HandleId) -> Result<(), FsError> {
         self.handles.mode(handle, dir)?;
         let class = self.meta.replica().read().effective_policy(dir)?.durability;
-        let settled = if self.meta.durable(class).await? { Ok(()) } else { self.settled().await };
+        let settled = if self.meta.durable(class).await? { Ok(()) } else { self.settled_as(class).await };
         self.handles.take_error(handle).map_or(settled, Err)
     }
 }

@@ -1,4 +1,4 @@
-use ctfs_types::{CellSize, Incarnation, Ino, NodeId};
+use ctfs_types::{CellSize, Incarnation, Ino, NodeId, limits::COPIES_ON_EVERY};
 
 use super::super::harness::{Volume, cluster, identity, member, time, token};
 use crate::{Change, Durability, EffectivePolicy, Member, MemberState, MetaError, OnPartition, Op, Policy, Reply, TokenRecord};
@@ -153,6 +153,17 @@ fn a_policy_is_inherited_field_by_field() {
     assert_eq!(volume.ns.policy(file).unwrap(), Policy::default());
     volume.ok(Op::SetPolicy { ino: b, policy: Policy::default() });
     assert_eq!(volume.ns.effective_policy(file).unwrap(), effective(2, 1 << 18));
+}
+
+#[test]
+fn what_shall_be_on_every_disk_has_a_copy_on_every_server_whatever_its_copies() {
+    let mut volume = Volume::new();
+    let dir = volume.dir(ROOT, "a");
+    let file = volume.file(dir, "f");
+    volume.ok(Op::SetPolicy { ino: dir, policy: Policy { durability: Some(Durability::All), ..policy(Some(2), None) } });
+    assert_eq!(volume.ns.effective_policy(file).unwrap().copies, COPIES_ON_EVERY);
+    let beyond = Op::SetPolicy { ino: dir, policy: policy(Some(COPIES_ON_EVERY), None) };
+    assert!(matches!(volume.run(beyond), Err(MetaError::BadPolicy(_))), "it comes with the class alone");
 }
 
 #[test]

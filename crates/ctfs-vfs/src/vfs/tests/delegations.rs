@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use ctfs_meta::{NewContent, NewNode, Op, Reply};
+use ctfs_meta::{Durability, NewContent, NewNode, Op, Policy, Reply};
 use ctfs_types::{FileUse, Holder};
 
 use super::*;
-use crate::{DelegationFigures, DelegationSettings, LockRequest};
+use crate::{DelegationFigures, DelegationSettings, LockRequest, Metadata};
 
 fn settings() -> VfsSettings {
     let delegations = DelegationSettings { takes: true, idle: Duration::ZERO, ..DelegationSettings::default() };
@@ -57,6 +57,34 @@ async fn whoever_is_alone_in_a_directory_changes_it_without_asking() {
     world.vfs(0).rename(below, b"f", dir, b"g", 0).await.unwrap();
     world.vfs(0).unlink(dir, b"g").await.unwrap();
     assert!(figures(&world, 0).ahead >= before + 5, "{:?}", figures(&world, 0));
+}
+
+#[tokio::test]
+async fn with_class_all_fsync_waits_for_every_server_that_has_a_lease() {
+    let world = World::with(2, settings());
+    let dir = held(&world).await;
+    let class = async |durability| {
+        let policy = Policy { durability: Some(durability), ..Policy::default() };
+        world.servers[0].meta.propose_op(Op::SetPolicy { ino: dir, policy }).await.unwrap();
+    };
+    let handle = world.vfs(0).opendir(dir).await.unwrap();
+    class(Durability::Quorum).await;
+    world.vfs(0).mkdir(Caller::ROOT, dir, b"a", 0o755, 0).await.unwrap();
+    assert!(world.servers[0].meta.ahead().is_some(), "made before the others know of it");
+    world.vfs(0).fsyncdir(dir, handle).await.unwrap();
+    class(Durability::All).await;
+    world.vfs(0).mkdir(Caller::ROOT, dir, b"b", 0o755, 0).await.unwrap();
+    let synced = tokio::spawn({
+        let vfs = world.vfs(0).clone();
+        async move { vfs.fsyncdir(dir, handle).await }
+    });
+    let mut waiting = world.cluster.waiting.subscribe();
+    let waits = waiting.wait_for(|waiting| *waiting == 1);
+    tokio::time::timeout(Duration::from_secs(30), waits).await.expect("nothing waits").unwrap();
+    assert!(!synced.is_finished());
+    // Answered when all that came before is visible, too.
+    world.servers[0].meta.propose_op(Op::Noop).await.unwrap();
+    synced.await.unwrap().unwrap();
 }
 
 #[tokio::test]
