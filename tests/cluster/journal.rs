@@ -204,6 +204,7 @@ fn a_server_that_was_cut_off_loses_nothing_that_it_had_synced() {
 #[test]
 fn a_file_of_class_all_is_on_every_server_that_is_up_when_fsync_returns() {
     let cluster = Cluster::start("journal-all", 4);
+    cluster.wait_healthy(2);
     let dir = cluster.mnt(2).join("all");
     fs::create_dir(&dir).unwrap();
     cluster.ctfs(2, &["policy", "set", dir.to_str().unwrap(), "--durability", "all"]);

@@ -59,7 +59,8 @@ impl Chunks {
         let mut attempts = FuturesUnordered::new();
         loop {
             while holders.len() + attempts.len() < wanted {
-                let more = || holders.len() + attempts.len() < needed;
+                // A server that was never dialled is not known to be away.
+                let more = || copies == COPIES_ON_EVERY || holders.len() + attempts.len() < needed;
                 let Some(node) = nearest.next().or_else(|| more().then(|| far.next()).flatten()) else { break };
                 let bytes = bytes.clone();
                 attempts.push(async move { (node, self.put_on(node, id, bytes, copies, deadline).await) });
@@ -77,12 +78,13 @@ impl Chunks {
         let ideal = &rank[..wanted];
         let detours = holders.iter().filter(|node| !ideal.contains(node)).count();
         count(&self.shared.counters.put_detours, detours as u64);
-        // Not who went away meanwhile.
-        let without = |node: &NodeId| copies == COPIES_ON_EVERY && !holders.contains(node) && self.is_near(*node);
-        let needed = needed.max(holders.len() + near.iter().copied().filter(|node| without(node)).count());
+        // On every server is on all that were there and still are.
+        let is_passed_over = |node: &NodeId| copies == COPIES_ON_EVERY && !(near.contains(node) && self.is_near(*node));
+        let missed = reasons.0.iter().filter(|(node, _)| !is_passed_over(node)).count();
+        let needed = if copies == COPIES_ON_EVERY { needed.max(holders.len() + missed) } else { needed };
         if holders.len() >= needed.max(1) {
             Ok(Stored { id, holders })
-        } else if full > 0 && full == reasons.0.len() {
+        } else if full > 0 && full == missed {
             Err(PutError::Full)
         } else {
             Err(too_few(needed.max(1), holders.len(), reasons))
