@@ -7,6 +7,7 @@
 import argparse
 import json
 import re
+from statistics import median
 
 # A commit's unit is a second's part; a walk is seconds, a rate is files or operations a second.
 NAMES = {"first find": "find"}
@@ -19,14 +20,15 @@ def seconds(unit, value):
 
 
 def results(path):
+    """The median of each job on each server, in seconds."""
     found, failed = {}, []
     with open(path) as lines:
         for line in map(json.loads, lines):
             if "failed" in line:
                 failed.append(line["failed"])
-            elif not line.get("begin"):
-                found[line["job"], line["target"]] = line["value"] and seconds(line["unit"], line["value"])
-    return found, failed
+            elif not line.get("begin") and line["value"]:
+                found.setdefault((line["job"], line["target"]), []).append(seconds(line["unit"], line["value"]))
+    return {what: median(values) for what, values in found.items()}, failed
 
 
 def milliseconds(text):
