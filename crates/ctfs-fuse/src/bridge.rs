@@ -9,12 +9,12 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::{Arc, atomic::Ordering::Relaxed},
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use bytes::Bytes;
 use ctfs_meta::{Change, MetaError};
-use ctfs_types::{Attr, FileName, Ino};
+use ctfs_types::Ino;
 use ctfs_vfs::{Caller, FsError, HandleId, LockRequest, Opened, SetAttrRequest, Vfs};
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
@@ -24,10 +24,11 @@ use fuser::{
 };
 
 use crate::{
-    caches::{Caches, Permits},
-    convert::{BLOCK_BYTES, absent, decode_dev, errno, file_attr, file_type, generation, set_time},
+    caches::Caches,
+    convert::{BLOCK_BYTES, decode_dev, errno, file_attr, file_type, generation, set_time},
     listings::Usage,
     notice::{Abilities, NoticeChannel},
+    replies::Replies,
     runner::Runner,
     undo::FailedWrites,
 };
@@ -58,9 +59,6 @@ const WANTED: [InitFlags; 15] = [
 ];
 /// The protocol that has `FUSE_NOTIFY_INC_EPOCH`: Linux 6.16.
 const INC_EPOCH_SINCE: (u32, u32) = (7, 44);
-/// A reply written so much later than its timeout was looked up is taken back. Between the end of a
-/// lease's use and the moment when nobody waits for its holder any more lies a second.
-const LATE_REPLY: Duration = Duration::from_millis(500);
 /// One request carries at most 1 MiB: the kernel's `fs.fuse.max_pages_limit` is 256 by default.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
 /// Read-ahead and write-back requests the kernel may have under way; its default of 16 starves a
@@ -127,74 +125,6 @@ fn reply_xattr(result: Result<Vec<u8>, FsError>, size: u32, reply: ReplyXattr) {
     }
 }
 
-/// What a reply needs after the operation is done.
-#[derive(Clone)]
-struct Replies {
-    vfs: Arc<Vfs>,
-    caches: Arc<Caches>,
-    /// When the request came, before anything was looked at for it.
-    asked: Instant,
-}
-
-impl Replies {
-    fn entry(&self, parent: Ino, result: Result<Attr, FsError>, reply: ReplyEntry) {
-        let attr = match result {
-            Ok(attr) => attr,
-            Err(error) => return reply.error(errno(&error)),
-        };
-        let timeout = self.vfs.cache_timeout();
-        let permits = self.caches.permits(timeout, self.asked);
-        self.caches.looked_up(attr.ino, attr.size);
-        reply.entry_with_ttls(&self.attr_timeout(&permits, &attr), &permits.entry(parent), &file_attr(&attr), generation(&attr));
-        drop(permits);
-        self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
-    }
-
-    /// Nothing may be kept of a file that another server is writing: its holder tells nobody.
-    fn attr_timeout(&self, permits: &Permits<'_>, attr: &Attr) -> Duration {
-        if self.vfs.may_cache(attr) { permits.attr(attr.ino) } else { Duration::ZERO }
-    }
-
-    /// "No such name", which the kernel may remember like a name.
-    fn absent(&self, parent: Ino, name: FileName, reply: ReplyEntry) {
-        let timeout = self.vfs.cache_timeout();
-        let permits = self.caches.permits(timeout, self.asked);
-        let entry = permits.entry(parent);
-        if entry.is_zero() {
-            return reply.error(Errno::ENOENT);
-        }
-        reply.entry(&entry, &absent(), fuser::Generation(0));
-        drop(permits);
-        self.look_at_the_lease_again(timeout, || vec![Change::Entry { parent, name }]);
-    }
-
-    fn attr(&self, result: Result<Attr, FsError>, reply: ReplyAttr) {
-        let attr = match result {
-            Ok(attr) => attr,
-            Err(error) => return reply.error(errno(&error)),
-        };
-        let timeout = self.vfs.cache_timeout();
-        let permits = self.caches.permits(timeout, self.asked);
-        self.caches.told_size(attr.ino, attr.size);
-        reply.attr(&self.attr_timeout(&permits, &attr), &file_attr(&attr));
-        drop(permits);
-        self.look_at_the_lease_again(timeout, || vec![Change::Attr { ino: attr.ino }]);
-    }
-
-    /// A reply that was delayed between the check of the lease and the kernel carries a timeout
-    /// that outlives the lease (scenario 17 of the coherence page): take it back.
-    fn look_at_the_lease_again(&self, given: Duration, what: impl FnOnce() -> Vec<Change>) {
-        if outlives(given, self.vfs.cache_timeout()) {
-            self.vfs.invalidate(what());
-        }
-    }
-}
-
-/// Whether a timeout `given` a moment ago is too long for what is `left` of the lease.
-fn outlives(given: Duration, left: Duration) -> bool {
-    !given.is_zero() && (left.is_zero() || left + LATE_REPLY < given)
-}
-
 /// Before the end of a directory is answered through a handle that keeps the listing.
 fn listing_ends(caches: &Caches, channel: &NoticeChannel, dir: Ino) {
     if caches.listings.ends(dir)
@@ -237,7 +167,12 @@ impl Filesystem for Bridge {
         self.runner.run(async move {
             match replies.vfs.lookup(parent, &name).await {
                 Err(FsError::Meta(MetaError::NoSuchEntry { name, .. })) => replies.absent(parent, name, reply),
-                result => replies.entry(parent, result, reply),
+                result => {
+                    if let Ok(attr) = &result {
+                        replies.let_go_elsewhere(parent, attr).await;
+                    }
+                    replies.entry(parent, result, reply);
+                }
             }
         });
     }
@@ -792,20 +727,5 @@ impl Filesystem for Bridge {
                 Err(error) => reply.error(errno(&error)),
             }
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_timeout_outlives_a_lease_that_lapsed_or_was_looked_up_long_before_the_reply() {
-        let millis = Duration::from_millis;
-        assert!(!outlives(millis(1500), millis(1499)), "as always");
-        assert!(!outlives(millis(300), millis(1750)), "renewed meanwhile");
-        assert!(outlives(millis(1500), millis(900)));
-        assert!(outlives(millis(300), Duration::ZERO));
-        assert!(!outlives(Duration::ZERO, Duration::ZERO), "nothing was given");
     }
 }

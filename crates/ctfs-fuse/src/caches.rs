@@ -13,7 +13,7 @@ use std::{
 use ctfs_types::Ino;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
-use crate::{listings::Listings, undo::KernelSize};
+use crate::{listings::Listings, undo::KernelSize, untold::Untold};
 
 /// A directory in which another server changed a name within this time gets no entry timeout. Not
 /// because an answer would be wrong otherwise, but because nobody need be waited for then: what the
@@ -35,6 +35,7 @@ pub struct Caches {
     /// Inodes the kernel knows.
     known: [Mutex<HashMap<Ino, Known>>; SHARDS],
     pub listings: Listings,
+    pub untold: Untold,
 }
 
 #[derive(Debug, Default)]
@@ -173,6 +174,16 @@ impl Caches {
         let mut marks = self.marks.write();
         marks.make_room(now);
         marks.inodes.insert(ino, now);
+    }
+
+    /// Whether the kernel may have the directory `ino` in a place where it is no more.
+    pub fn may_have_moved(&self, ino: Ino) -> bool {
+        let lately = |at: &Instant| at.elapsed() < INODE_STAYS_HOT;
+        let marked = {
+            let marks = self.marks.read();
+            marks.inodes.get(&ino).is_some_and(lately) || marks.everything.is_some_and(|hot| lately(&hot.last))
+        };
+        marked && self.is_known(ino)
     }
 
     pub fn mark_everything(&self) {

@@ -16,8 +16,10 @@ mod mount;
 pub mod mountinfo;
 mod notice;
 mod notifier;
+mod replies;
 mod runner;
 mod undo;
+mod untold;
 
 #[cfg(test)]
 mod tests;

@@ -174,9 +174,7 @@ impl Notifier {
     pub(crate) fn stop(&self) {
         let mut state = self.shared.state.lock();
         state.stopping = true;
-        state.names.clear();
-        state.attrs.clear();
-        state.pages.clear();
+        self.shared.clear(&mut state);
         state.holding.clear();
         self.shared.advance(&state);
         self.shared.names_ready.notify_all();
@@ -296,11 +294,15 @@ impl Shared {
         std::iter::once(change).chain(below).collect()
     }
 
-    fn forget_everything(&self, state: &mut State) {
-        self.caches.mark_everything();
-        state.names.clear();
+    fn clear(&self, state: &mut State) {
+        state.names.drain(..).for_each(|job| self.caches.untold.told(job.number));
         state.attrs.clear();
         state.pages.clear();
+    }
+
+    fn forget_everything(&self, state: &mut State) {
+        self.caches.mark_everything();
+        self.clear(state);
         // Each entry not acknowledged so far waits for the one job that replaces them all.
         let oldest = state.holding.values().next().copied();
         state.holding.clear();
@@ -329,6 +331,9 @@ impl Shared {
             What::Attr => (&mut state.attrs, &self.attrs_ready),
             What::PagesOf(_) | What::Everything => (&mut state.pages, &self.pages_ready),
         };
+        if let Forget::Change(Change::Entry { parent, .. }) = &change {
+            self.caches.untold.add(number, *parent);
+        }
         queue.push_back(Job { number, change });
         ready.notify_one();
     }
@@ -361,6 +366,7 @@ impl Shared {
             };
             drop(state);
             let told = self.tell_one(&job.change);
+            self.caches.untold.told(job.number);
             state = self.state.lock();
             if told && state.holding.remove(&job.number).is_some() {
                 self.advance(&state);

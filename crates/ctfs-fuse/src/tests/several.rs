@@ -13,7 +13,7 @@ use std::{
         },
     },
     path::Path,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
 use ctfs_meta::{Op, Quota};
@@ -265,6 +265,37 @@ fn a_directory_moved_elsewhere_is_renamed_here_without_being_looked_at() {
             fs::rename(paths[0].join("a"), paths[0].join("b/below/a")).unwrap();
             fs::rename(paths[1].join("b/below/a"), paths[1].join("a")).unwrap();
         }
+    });
+}
+
+/// The kernel takes a directory up in its new place only if the lock of the old one is free, and nobody waits for
+/// that lock either: ESTALE.
+#[test]
+fn a_directory_moved_elsewhere_is_found_while_programs_here_are_busy_in_its_old_place() {
+    let Some(mounts) = Mounts::new(2) else { return };
+    mounts.run(|paths| {
+        fs::create_dir_all(paths[0].join("busy/d/below")).unwrap();
+        fs::create_dir(paths[0].join("calm")).unwrap();
+        let (done, made) = (AtomicBool::new(false), AtomicU64::new(0));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Relaxed) {
+                    fs::create_dir(paths[1].join("busy/other")).unwrap();
+                    fs::remove_dir(paths[1].join("busy/other")).unwrap();
+                    made.fetch_add(1, Relaxed);
+                }
+            });
+            let found: std::io::Result<()> = (0..200).try_for_each(|_| {
+                for [from, to] in [["busy/d", "calm/d"], ["calm/d", "busy/d"]] {
+                    fs::rename(paths[0].join(from), paths[0].join(to)).unwrap();
+                    fs::metadata(paths[1].join(to).join("below"))?;
+                }
+                Ok(())
+            });
+            done.store(true, Relaxed);
+            found.unwrap();
+        });
+        assert!(made.into_inner() > 10);
     });
 }
 
