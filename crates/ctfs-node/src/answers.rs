@@ -406,8 +406,14 @@ impl Node {
     }
 
     async fn info(&self, path: &WirePath) -> Result<InfoReport, Problem> {
-        let (ino, mut attr) = self.resolve(path.as_path())?;
-        self.vfs.content().overlay(&mut attr);
+        let content = self.vfs.content();
+        let (ino, attr) = loop {
+            let since = content.moment();
+            let (ino, mut attr) = self.resolve(path.as_path())?;
+            if content.overlay(&mut attr, since) {
+                break (ino, attr);
+            }
+        };
         let replica = self.consensus.replica();
         let (policy, members, cells, holder) = {
             let namespace = replica.read();

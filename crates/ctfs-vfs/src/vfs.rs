@@ -44,7 +44,7 @@ pub use locks::LockRequest;
 use self::{leaving::Leavings, lock_doubts::Turns};
 use crate::{
     ChunkAccess, Content, ContentSettings, FsError, Holders, LeftBytes, Metadata, PageWaits, SpaceReport, Successor, caller,
-    content::Around,
+    content::{Around, Moment},
     delegations::{DelegationFigures, DelegationSettings, Delegations, RuledMetadata},
     handles::Handles,
     partition::{Partition, Sight},
@@ -271,9 +271,10 @@ impl Vfs {
     /// # Errors
     /// [`FsError::Stale`]: it does not hold it.
     pub async fn peek_here(&self, ino: Ino) -> Result<Attr, FsError> {
+        let since = self.content.moment();
         let attr = self.read(|view| view.attr_of(ino)).await?;
         match attr.usage {
-            FileUse::Owned { holder, .. } if holder == self.meta.holder() => Ok(self.shown(attr)),
+            FileUse::Owned { holder, .. } if holder == self.meta.holder() => self.shown(attr, since).await,
             _ => Err(FsError::Stale(ino)),
         }
     }
@@ -492,10 +493,17 @@ impl Vfs {
         (seen, view.newest_unseen().filter(|_| keeps(Rule::ReadsWaitForVisible)))
     }
 
-    /// Attributes as programs see them: the committed ones, with unflushed writes on top.
-    fn shown(&self, mut attr: Attr) -> Attr {
-        self.content.overlay(&mut attr);
-        attr
+    /// Attributes as programs see them: committed ones, which were read after `since`, with unflushed writes on top.
+    async fn shown(&self, mut attr: Attr, mut since: Moment) -> Result<Attr, FsError> {
+        while !self.content.overlay(&mut attr, since) {
+            since = self.content.moment();
+            attr = match self.read_of(attr.ino, |view| view.attr_of(attr.ino)).await {
+                // Removed meanwhile: it is shown as it was last.
+                Err(FsError::Stale(_)) => break,
+                now => now?,
+            };
+        }
+        Ok(attr)
     }
 
     /// This life of the server.

@@ -152,7 +152,7 @@ impl Shared {
             inode.entry.discard(size..u64::MAX);
         }
         if size.is_some() {
-            let mut local = inode.local.lock();
+            let mut local = self.letting_go(inode);
             (local.size, local.mtime) = (None, None);
         }
     }

@@ -358,7 +358,7 @@ impl Shared {
 
     /// The metadata know what was pending: what was not written since is let go of.
     pub(super) fn committed(&self, inode: &Inode, attr: &Attr, pending: Pending) {
-        let mut local = inode.local.lock();
+        let mut local = self.letting_go(inode);
         if local.size.is_some_and(|size| size <= attr.size) {
             local.size = None;
         }

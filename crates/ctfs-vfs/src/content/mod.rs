@@ -28,6 +28,7 @@
 mod background;
 mod doubt;
 mod flush;
+mod handover;
 mod left;
 mod ranges;
 mod read;
@@ -52,16 +53,18 @@ use bytes::Bytes;
 use ctfs_chunk::tier::{CacheTier, Entry, RangeSet, Residency, Tag, TierError, TierUsage};
 use ctfs_meta::{Change, MetaError, Namespace, SetAttr, Subject};
 use ctfs_types::{Attr, CellIndex, Extent, ExtentData, FileKind, Holder, Ino, Timestamp};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     runtime::Handle,
     sync::{Notify, Semaphore},
 };
 
+pub use handover::Moment;
 pub use left::{LeftBytes, Successor};
 pub(crate) use sharing::is_over;
 pub use sharing::{PageWaits, Pages};
 
+use self::handover::Handovers;
 use crate::{ChunkAccess, FsError, Holders, Metadata, partition::Partition};
 
 /// Numbers that bound what file contents may take.
@@ -158,6 +161,7 @@ struct Shared {
     short_of_disk: AtomicBool,
     /// Room below quotas for what is unflushed.
     ledger: Mutex<room::Ledger>,
+    handovers: Handovers,
 }
 
 /// One regular file in use.
@@ -282,6 +286,7 @@ impl Content {
             closed: AtomicBool::new(false),
             short_of_disk: AtomicBool::new(false),
             ledger: Mutex::default(),
+            handovers: Handovers::new(),
             settings,
         });
         runtime.spawn(background::run(Arc::downgrade(&shared), kick));
@@ -453,11 +458,19 @@ impl Content {
         self.shared.copy((source, from), (target, to), len).await
     }
 
-    /// Puts what was written here and is not flushed yet over committed attributes.
-    pub fn overlay(&self, attr: &mut Attr) {
+    /// To be taken before attributes are read that [`Self::overlay`] gets.
+    pub fn moment(&self) -> Moment {
+        self.shared.handovers.moment()
+    }
+
+    /// Puts what was written here and is not flushed yet over committed attributes, read after `since`. `false`: the
+    /// metadata have learnt of something meanwhile that these attributes may lack, so they must be read again.
+    #[must_use]
+    pub fn overlay(&self, attr: &mut Attr, since: Moment) -> bool {
         if attr.kind == FileKind::File {
             self.shared.overlay(attr);
         }
+        !self.shared.handovers.any_since(attr.ino, since)
     }
 
     /// A handle of `ino` was opened. Each call is matched by one of [`Self::closed`].
@@ -653,6 +666,15 @@ impl Shared {
         };
         let attr = attr_of(&self.meta.replica().read(), inode.ino)?;
         Ok(shown_size(&attr, size, cut))
+    }
+
+    /// For the size, times or mode that the metadata have by now, or that nobody is to see.
+    fn letting_go<'a>(&self, inode: &'a Inode) -> MutexGuard<'a, Local> {
+        let local = inode.local.lock();
+        if local.attributes_pending() {
+            self.handovers.begin(inode.ino);
+        }
+        local
     }
 
     fn overlay(&self, attr: &mut Attr) {

@@ -75,7 +75,7 @@ impl Shared {
             inode.entry.discard(size..u64::MAX);
         }
         {
-            let mut local = inode.local.lock();
+            let mut local = self.letting_go(&inode);
             if size.is_some() {
                 // Unflushed bytes that are left lie below the size that the metadata have now.
                 local.size = None;
@@ -85,9 +85,10 @@ impl Shared {
             }
         }
         drop(cut);
+        // Nothing is flushed before the turn ends.
+        self.overlay(&mut attr);
         drop(turn);
         drop(gate);
-        self.overlay(&mut attr);
         Ok(attr)
     }
 
@@ -117,7 +118,7 @@ impl Shared {
         let mtime = Some(self.mtime_to_commit(inode.ino, mtime)?);
         let op = Op::Write { ino: inode.ino, cells: vec![], size_at_least: 0, mtime, drop_privileges: true, appends_at: None, noted: None };
         self.propose_in_turn(inode, turn, op).await?;
-        let mut local = inode.local.lock();
+        let mut local = self.letting_go(inode);
         local.drops_committed = local.drops_committed.max(wanted);
         Ok(())
     }

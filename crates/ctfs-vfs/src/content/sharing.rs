@@ -394,7 +394,7 @@ impl Shared {
     pub(super) fn unwrite(&self, inode: &Inode, range: std::ops::Range<u64>) {
         inode.entry.abandon_flush();
         inode.entry.discard(range);
-        let mut local = inode.local.lock();
+        let mut local = self.letting_go(inode);
         (local.size, local.mtime) = (None, None);
         local.drops_committed = local.drops_wanted;
         self.rest_if_clean(inode, &mut local);

@@ -242,7 +242,7 @@ async fn a_sparse_file_stays_sparse() {
     a.write(ino, 100 << 20, pattern(1, 5000), false).await.unwrap();
     a.write(ino, far, pattern(2, 10), false).await.unwrap();
     let mut shown = cluster.attr(ino);
-    a.overlay(&mut shown);
+    assert!(a.overlay(&mut shown, a.moment()));
     assert_eq!((shown.size, shown.allocated), (far + 10, 5010));
     assert_eq!(a.seek(ino, 0, libc::SEEK_DATA).await, Ok(100 << 20));
     a.flush(ino).await.unwrap();
@@ -345,7 +345,7 @@ async fn times_and_modes_set_after_a_write_survive_its_flush() {
     // A later write drops the bit again, at once for those who look here.
     server.write(ino, 0, pattern(2, 10), true).await.unwrap();
     let mut shown = cluster.attr(ino);
-    server.overlay(&mut shown);
+    assert!(server.overlay(&mut shown, server.moment()));
     assert_eq!(shown.mode, 0o755);
     assert!(shown.mtime > Timestamp::new(42, 7));
     server.flush(ino).await.unwrap();

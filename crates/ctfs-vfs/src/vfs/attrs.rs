@@ -35,17 +35,17 @@ impl Vfs {
             let patience = if is_cut_off { Duration::ZERO } else { MOUNTPOINT_PATIENCE };
             let known = tokio::time::timeout(patience, self.read(|view| view.attr_of(ino))).await;
             if let Ok(Ok(attr)) = known {
-                return Ok(self.shown(attr));
+                return Ok(attr);
             }
             // The next one need not wait.
             self.partition.ask_beside();
-            let attr = self.meta.replica().read().attr(ino)?.ok_or(FsError::Stale(ino))?;
-            return Ok(self.shown(attr));
+            return self.meta.replica().read().attr(ino)?.ok_or(FsError::Stale(ino));
         }
+        let since = self.content.moment();
         let (attr, sight) = self.read_with_sight(ino, |view| view.attr_of(ino)).await?;
         match attr.usage.held_from(self.meta.holder()) {
             Some(holder) if sight == Sight::Present => self.content.peek(ino, holder).await,
-            _ => Ok(self.shown(attr)),
+            _ => self.shown(attr, since).await,
         }
     }
 
@@ -95,13 +95,12 @@ impl Vfs {
                 _ => false,
             },
         };
-        let attr = match before.kind {
+        match before.kind {
             // All of a file's attributes: what is pending of earlier writes must not undo them.
-            FileKind::File => self.content.truncate(ino, set).await?,
-            FileKind::Directory if set.size.is_some() => return Err(MetaError::IsDirectory(ino).into()),
-            _ if set.size.is_some() => return Err(MetaError::WrongKind(ino).into()),
-            _ => entry(self.meta.propose(Op::SetAttr { ino, set }).await?)?,
-        };
-        Ok(self.shown(attr))
+            FileKind::File => self.content.truncate(ino, set).await,
+            FileKind::Directory if set.size.is_some() => Err(MetaError::IsDirectory(ino).into()),
+            _ if set.size.is_some() => Err(MetaError::WrongKind(ino).into()),
+            _ => entry(self.meta.propose(Op::SetAttr { ino, set }).await?),
+        }
     }
 }

@@ -40,6 +40,7 @@ impl Vfs {
     /// [`MetaError::NoSuchEntry`] (ENOENT), [`MetaError::NotDirectory`] (ENOTDIR).
     pub async fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr, FsError> {
         let name = FileName::new(name)?;
+        let since = self.content.moment();
         let attr = self
             .read_of(parent, |view| {
                 let Some(ino) = view.lookup(parent, &name)? else {
@@ -53,7 +54,7 @@ impl Vfs {
                 view.attr_of(ino)
             })
             .await?;
-        Ok(self.shown(attr))
+        self.shown(attr, since).await
     }
 
     /// # Errors
@@ -118,14 +119,14 @@ impl Vfs {
 
     pub(super) async fn make_node(&self, parent: Ino, name: &[u8], node: NewNode) -> Result<Attr, FsError> {
         let name = FileName::new(name)?;
-        let reply = self.meta.propose(Op::Make { parent, name, node }).await?;
-        entry(reply).map(|attr| self.shown(attr))
+        entry(self.meta.propose(Op::Make { parent, name, node }).await?)
     }
 
     pub async fn link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr, FsError> {
         let name = FileName::new(name)?;
-        let reply = self.meta.propose(Op::Link { ino, parent, name }).await?;
-        entry(reply).map(|attr| self.shown(attr))
+        let since = self.content.moment();
+        let attr = entry(self.meta.propose(Op::Link { ino, parent, name }).await?)?;
+        self.shown(attr, since).await
     }
 
     pub async fn unlink(&self, parent: Ino, name: &[u8]) -> Result<(), FsError> {
@@ -186,6 +187,7 @@ impl Vfs {
     /// An entry keeps its offset as long as it lives, so a program that makes or removes entries
     /// while it lists sees every other entry exactly once.
     pub async fn readdir(&self, dir: Ino, offset: u64, limit: usize, with_attrs: bool) -> Result<Vec<DirItem>, FsError> {
+        let since = self.content.moment();
         let mut items = self
             .read_of(dir, |view| {
                 let kind = view.kind(dir)?.ok_or(FsError::Stale(dir))?;
@@ -216,7 +218,7 @@ impl Vfs {
             })
             .await?;
         for attr in items.iter_mut().filter_map(|item| item.attr.as_mut()) {
-            self.content.overlay(attr);
+            *attr = self.shown(attr.clone(), since).await?;
         }
         Ok(items)
     }

@@ -182,7 +182,7 @@ async fn run(cluster: &Arc<Cluster>, server: &Server, ino: Ino, model: &mut Mode
         }
     }
     let mut attr = cluster.attr(ino);
-    server.overlay(&mut attr);
+    assert!(server.overlay(&mut attr, server.moment()));
     prop_assert_eq!(attr.size, model.bytes.len() as u64, "size after {:?}", step);
     Ok(())
 }

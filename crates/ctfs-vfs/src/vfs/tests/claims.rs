@@ -417,3 +417,41 @@ async fn a_kernel_that_went_away_leaves_nothing_open() {
     assert_eq!(vfs.open_handles(), 0);
     assert_eq!(content(vfs, ino).await, b"kept");
 }
+
+/// What was written here and what the metadata know are looked at one after the other, and a flush moves it across.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_file_that_only_grows_never_shows_an_older_size_or_time_while_it_is_flushed() {
+    let world = World::new(1);
+    let vfs = world.vfs(0).clone();
+    let ino = file(&vfs, ROOT, "f", b"").await.ino;
+    let handle = open(&vfs, ino, libc::O_RDWR).await;
+    let (written, mut flushed) = tokio::sync::watch::channel(());
+    let flusher = {
+        let vfs = vfs.clone();
+        tokio::spawn(async move {
+            while flushed.changed().await.is_ok() {
+                vfs.fsync(ino, handle).await.unwrap();
+            }
+        })
+    };
+    let mut before = vfs.getattr(ino).await.unwrap();
+    for round in 0..5000u64 {
+        write(&vfs, ino, handle, round, b"x").await;
+        written.send_replace(());
+        for look in 0..6 {
+            let seen = match look % 3 {
+                0 => vfs.getattr(ino).await.unwrap(),
+                1 => vfs.lookup(ROOT, b"f").await.unwrap(),
+                _ => {
+                    let lines = vfs.readdir(ROOT, 0, 10, true).await.unwrap();
+                    lines.into_iter().find_map(|line| (line.ino == ino).then_some(line.attr)).flatten().unwrap()
+                }
+            };
+            assert_eq!(seen.size, round + 1, "round {round}, look {look}");
+            assert!(seen.mtime >= before.mtime, "round {round}, look {look}");
+            before = seen;
+        }
+    }
+    drop(written);
+    flusher.await.unwrap();
+}
