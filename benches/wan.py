@@ -26,9 +26,11 @@ def results(path):
         for line in map(json.loads, lines):
             if "failed" in line:
                 failed.append(line["failed"])
-            elif not line.get("begin") and line["value"]:
-                found.setdefault((line["job"], line["target"]), []).append(seconds(line["unit"], line["value"]))
-    return {what: median(values) for what, values in found.items()}, failed
+            elif not line.get("begin"):
+                values = found.setdefault((line["job"], line["target"]), [])
+                if line["value"]:
+                    values.append(seconds(line["unit"], line["value"]))
+    return {what: median(values) if values else None for what, values in found.items()}, failed
 
 
 def milliseconds(text):

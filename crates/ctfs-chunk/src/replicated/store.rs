@@ -47,6 +47,7 @@ impl Chunks {
         let rank = self.cluster().placement.rank(&id);
         let wanted = Placement::copies_for(copies, rank.len());
         let needed = wanted.min(COPIES_MIN);
+        let on_every = copies == COPIES_ON_EVERY;
         let deadline = Instant::now() + self.shared.settings.put_deadline;
 
         // Those that seem unreachable are tried only when the others are not enough.
@@ -60,7 +61,7 @@ impl Chunks {
         loop {
             while holders.len() + attempts.len() < wanted {
                 // A server that was never dialled is not known to be away.
-                let more = || copies == COPIES_ON_EVERY || holders.len() + attempts.len() < needed;
+                let more = || on_every || holders.len() + attempts.len() < needed;
                 let Some(node) = nearest.next().or_else(|| more().then(|| far.next()).flatten()) else { break };
                 let bytes = bytes.clone();
                 attempts.push(async move { (node, self.put_on(node, id, bytes, copies, deadline).await) });
@@ -79,9 +80,9 @@ impl Chunks {
         let detours = holders.iter().filter(|node| !ideal.contains(node)).count();
         count(&self.shared.counters.put_detours, detours as u64);
         // On every server is on all that were there and still are.
-        let is_passed_over = |node: &NodeId| copies == COPIES_ON_EVERY && !(near.contains(node) && self.is_near(*node));
+        let is_passed_over = |node: &NodeId| on_every && !(near.contains(node) && self.is_near(*node));
         let missed = reasons.0.iter().filter(|(node, _)| !is_passed_over(node)).count();
-        let needed = if copies == COPIES_ON_EVERY { needed.max(holders.len() + missed) } else { needed };
+        let needed = if on_every { needed.max(holders.len() + missed) } else { needed };
         if holders.len() >= needed.max(1) {
             Ok(Stored { id, holders })
         } else if full > 0 && full == missed {
