@@ -9,7 +9,7 @@ use ctfs_node::{
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{errors::Outcome, logging, memory, plan::Plan};
+use crate::{errors::Outcome, logging, plan::Plan};
 
 /// How long a start may go on after a signal, so that what it mounted can be unmounted again.
 const FINISH_START: Duration = Duration::from_secs(30);
@@ -22,7 +22,6 @@ const RUNTIME_END: Duration = Duration::from_secs(5);
 /// Whatever kept it from starting; after `ready`, only what kept it from ending in order.
 pub fn run(plan: &Plan, ready: impl FnOnce()) -> Outcome {
     logging::start(plan.log_level(), plan.log_format())?;
-    memory::one_arena_per_core();
     // Requests of the kernel, the journal, the log and the stores have threads of their own. With more of these
     // than there is work for, each message wakes one that finds nothing to do: fsync took a sixth longer.
     let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2).max(1);
@@ -60,7 +59,6 @@ async fn serve(plan: &Plan, ready: impl FnOnce()) -> Outcome {
     ready();
     service_manager(&[NotifyState::Ready, NotifyState::Status(&serving(plan.mountpoint()))]);
 
-    tokio::spawn(memory::give_back());
     tokio::select! {
         () = node.stopped() => tracing::info!("stopped"),
         name = signals.next() => tracing::info!(signal = name, "told to stop"),

@@ -81,6 +81,8 @@ enum Verb {
     Quota(verbs::quota::Quota),
     /// Look after this server's cache tier
     Cache(verbs::cache::Cache),
+    /// Have every server put what it has acknowledged into the metadata and the chunk stores
+    Sync(verbs::sync::Sync),
     /// Look at the configuration file
     Config(verbs::config::Config),
     /// Print the version
@@ -120,6 +122,7 @@ fn main() -> ExitCode {
         Verb::Policy(verb) => verb.run(&context),
         Verb::Quota(verb) => verb.run(&context),
         Verb::Cache(verb) => verb.run(&context),
+        Verb::Sync(verb) => verb.run(&context),
         Verb::Config(verb) => verb.run(&context),
         Verb::Version(verb) => verb.run(&context),
         Verb::Daemon(verb) => verb.run(&context),

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use crate::{support::Cluster, tools::setting};
+use crate::{
+    support::{Cluster, noise, write_synced},
+    tools::setting,
+};
 
 #[test]
 fn a_killed_server_leaves_nothing_out_that_it_did_in_directories_it_held() {
@@ -78,5 +81,28 @@ fn two_servers_take_turns_writing_one_directory_and_both_go_on() {
     assert!(counts.iter().all(|count| *count > 0), "one of them made no progress: {counts:?}");
     for server in 1..=3 {
         assert_eq!(fs::read_dir(cluster.mnt(server).join("d")).unwrap().count(), counts.iter().sum::<usize>(), "s{server}");
+    }
+}
+
+#[test]
+fn what_was_synced_everywhere_outlives_a_server_whose_journal_alone_had_it() {
+    let cluster = Cluster::start("sync", 3);
+    let dir = cluster.mnt(2).join("d");
+    fs::create_dir(&dir).unwrap();
+    cluster.ctfs(2, &["policy", "set", dir.to_str().unwrap(), "--durability", "local"]);
+    let contents: Vec<Vec<u8>> = (0..20).map(|number| noise(number, 100_000)).collect();
+    for (number, content) in contents.iter().enumerate() {
+        write_synced(&dir.join(number.to_string()), content).unwrap();
+    }
+    let said = cluster.ctfs(3, &["sync"]);
+    assert!(said.contains("is in the metadata up to log index"), "{said}");
+    // Its journal is not asked any more.
+    cluster.kill(2);
+    fs::remove_dir_all(cluster.state(2).join("journal")).unwrap();
+    for server in [1, 3] {
+        for (number, content) in contents.iter().enumerate() {
+            let path = cluster.mnt(server).join("d").join(number.to_string());
+            assert!(fs::read(&path).unwrap() == *content, "s{server}: {number} is not as it was synced");
+        }
     }
 }

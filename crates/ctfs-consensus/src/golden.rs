@@ -137,7 +137,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_4() {
+fn the_encoded_bytes_are_those_of_version_5() {
     let hex = |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() };
     let records = on_disk().into_iter().chain(messages());
     let text: String = records.map(|(name, bytes)| format!("{name}: {}\n", hex(&bytes))).collect();

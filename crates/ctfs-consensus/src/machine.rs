@@ -1,11 +1,11 @@
 //! Entries into state: openraft's view of the replica.
 //!
-//! One entry is one [`Namespace::apply`] and one batch of the store, which also records how far
+//! One entry is one [`Stage::apply`] and one batch of the store, which also records how far
 //! the log was applied. Its changes go to the [`Observer`] after the replica's lock is dropped.
 //! A store that fails or turns out damaged ends the server's service: the state is marked bad and
 //! is rebuilt from snapshot and log at the next start.
 //!
-//! [`Namespace::apply`]: ctfs_meta::Namespace::apply
+//! [`Stage::apply`]: ctfs_meta::Stage::apply
 
 use std::{fmt, fs::File, sync::Arc, time::Duration};
 
@@ -201,13 +201,16 @@ impl Inner {
             EntryPayload::Membership(membership) => (Vec::new(), Some(RaftMembership::new(Some(id), membership))),
         };
         let extra = Reached::records(id, membership.as_ref());
+        let stage = self.replica.read().stage();
+        if index <= stage.applied() {
+            let applied = self.live.lock().reached.applied;
+            return Err(MachineError::NotNext { index: id.index, applied });
+        }
+        // Programs go on meanwhile: openraft has one entry applied at a time, and no snapshot installed beside it.
+        let staged = stage.apply(index, &commands, extra)?;
         let applied = {
             let mut namespace = self.replica.write();
-            if index <= namespace.applied() {
-                let applied = self.live.lock().reached.applied;
-                return Err(MachineError::NotNext { index: id.index, applied });
-            }
-            let applied = namespace.apply(index, &commands, extra)?;
+            let applied = namespace.commit(staged)?;
             // Before anybody can read it.
             self.unseen.applied(index, applied.changes.iter().map(|(_, change)| change));
             applied

@@ -13,7 +13,7 @@ use ctfs_types::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Version byte of every message of this crate. 2: commands as in the log of that version.
-pub(crate) const VERSION: u8 = 4;
+pub(crate) const VERSION: u8 = 5;
 
 /// Limit of the transport for one call.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 2 << 20;

@@ -3,7 +3,6 @@
 use std::{ops::ControlFlow, sync::Arc};
 
 use ctfs_meta::{Batch, MemoryStore, Store, StoreError};
-use parking_lot::RwLock;
 
 use crate::{sled_store::Record, write_behind::WriteBehind};
 
@@ -13,7 +12,7 @@ pub enum Records {
     /// In sled, the recent ones in memory before it.
     OnDisk(WriteBehind),
     /// In memory alone: the next start makes them again, from snapshot and log.
-    InMemory(Arc<RwLock<MemoryStore>>),
+    InMemory(Arc<MemoryStore>),
 }
 
 impl Records {
@@ -41,7 +40,7 @@ impl Records {
     pub fn slice(&self, from: &[u8], records_max: usize, bytes_max: usize) -> Result<(Vec<Record>, bool), StoreError> {
         let store = match self {
             Self::OnDisk(store) => return store.slice(from, records_max, bytes_max),
-            Self::InMemory(store) => store.read(),
+            Self::InMemory(store) => store,
         };
         let (mut records, mut bytes, mut is_end) = (Vec::new(), 0, true);
         store.range(from, &[0xff; 64], &mut |key, value| {
@@ -61,7 +60,7 @@ impl Store for Records {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         match self {
             Self::OnDisk(store) => store.get(key),
-            Self::InMemory(store) => store.read().get(key),
+            Self::InMemory(store) => store.get(key),
         }
     }
 
@@ -73,14 +72,14 @@ impl Store for Records {
     ) -> Result<(), StoreError> {
         match self {
             Self::OnDisk(store) => store.range(from, to, visit),
-            Self::InMemory(store) => store.read().range(from, to, visit),
+            Self::InMemory(store) => store.range(from, to, visit),
         }
     }
 
-    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+    fn write(&self, batch: Batch) -> Result<(), StoreError> {
         match self {
             Self::OnDisk(store) => store.write(batch),
-            Self::InMemory(store) => store.write().write(batch),
+            Self::InMemory(store) => store.write(batch),
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::{sync::atomic::Ordering::Relaxed, time::SystemTime};
 
-use ctfs_meta::{About, Command, MetaError, Op, Reply};
+use ctfs_meta::{About, Command, MetaError, Op, Reply, SEQ_LEFT};
 use ctfs_types::{Holder, Incarnation, RequestId, Timestamp};
 use tokio::time::{Instant, sleep};
 
@@ -19,8 +19,6 @@ use crate::{
 
 /// Before commands are sent again that found no answer.
 const TRY_AGAIN: std::time::Duration = std::time::Duration::from_millis(50);
-/// No life gets as far with its own requests.
-const SEQ_LEFT: u64 = 1 << 62;
 
 /// What became of commands that were sent again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -39,19 +37,16 @@ pub(crate) fn first_seq() -> u64 {
 }
 
 impl Core {
-    fn holder(&self) -> Holder {
-        Holder { node: self.me, incarnation: self.incarnation() }
-    }
-
-    /// Sends commands that a life left. All of them are decided when this answers.
+    /// Sends commands that a life left. All of them are decided when this answers. `by` is the life that sends them,
+    /// one and the same for all that was left: what the log takes of a later one says that it has all before.
     ///
     /// # Errors
     /// [`ProposeError::NoQuorum`], [`ProposeError::Stopped`]: from some command on none is decided; send
     /// all of them again later.
-    pub async fn replay(&self, mut commands: Vec<Command>) -> Result<Replayed, ProposeError> {
+    pub async fn replay(&self, by: Holder, mut commands: Vec<Command>) -> Result<Replayed, ProposeError> {
         let limits = &self.settings.limits;
         let mut replayed = Replayed::default();
-        commands.iter_mut().for_each(|command| command.about = About::Left { by: self.holder() });
+        commands.iter_mut().for_each(|command| command.about = About::Left { by });
         let mut rest = &commands[..];
         while !rest.is_empty() {
             let (mut count, mut bytes) = (0, 0);
@@ -81,9 +76,9 @@ impl Core {
     ///
     /// # Errors
     /// As [`Self::replay`]; it may have happened.
-    pub async fn propose_left(&self, life: Incarnation, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+    pub async fn propose_left(&self, by: Holder, life: Incarnation, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
         let request = RequestId { client: life.0, seq: self.left_seq.fetch_add(1, Relaxed) };
-        let about = About::Left { by: self.holder() };
+        let about = About::Left { by };
         let command = Command { request, answered: 0, at: Timestamp::from(SystemTime::now()), about, op };
         let bytes = encoded_bytes(&command);
         let mut verdicts = self.send_left(&[command], bytes).await?;

@@ -9,7 +9,7 @@ use std::{
 
 use ctfs_journal::{Depth, Journal};
 use ctfs_meta::{Command, Durability, MetaError, Op, Reply, SharedNamespace, Subject};
-use ctfs_types::{FileBytes, Incarnation, Ino, LogIndex, NodeId};
+use ctfs_types::{FileBytes, Holder, Incarnation, Ino, LogIndex, NodeId};
 use openraft::{
     Config, Raft, SnapshotPolicy, Vote,
     raft::{AppendEntriesRequest, InstallSnapshotRequest, VoteRequest, VoteResponse},
@@ -218,21 +218,22 @@ impl Consensus {
     }
 
     /// Sends commands that a life left in its journal, in their order: an earlier one of this server,
-    /// before the new one is reported, or one that was ended and whose pair this is.
+    /// before the new one is reported, or one that was ended and whose pair this is. `by` is the life that sends
+    /// them; all that was left is sent by one.
     ///
     /// # Errors
     /// [`ProposeError::NoQuorum`], [`ProposeError::NoSpace`], [`ProposeError::Stopped`]: send all of them
     /// again later.
-    pub async fn replay(&self, commands: Vec<Command>) -> Result<Replayed, ProposeError> {
-        self.core.replay(commands).await
+    pub async fn replay(&self, by: Holder, commands: Vec<Command>) -> Result<Replayed, ProposeError> {
+        self.core.replay(by, commands).await
     }
 
     /// As [`Self::replay`], something that the life did not say itself: what its journal means.
     ///
     /// # Errors
     /// As [`Self::replay`]; it may have happened.
-    pub async fn propose_left(&self, life: Incarnation, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
-        self.core.propose_left(life, op).await
+    pub async fn propose_left(&self, by: Holder, life: Incarnation, op: Op) -> Result<Result<Reply, MetaError>, ProposeError> {
+        self.core.propose_left(by, life, op).await
     }
 
     /// Writes bytes of a file into the journal of this life, and answers where; `None`: there is none, or

@@ -192,7 +192,7 @@ impl Store for SledStore {
         Ok(())
     }
 
-    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+    fn write(&self, batch: Batch) -> Result<(), StoreError> {
         self.put(&batch)
     }
 }
@@ -254,7 +254,7 @@ mod tests {
     }
 
     /// What every store must do, in the order a reader would try it.
-    fn conforms(store: &mut dyn Store) {
+    fn conforms(store: &dyn Store) {
         assert_eq!(store.get(b"a").unwrap(), None);
         store.write(batch(&[(b"a", Some(b"1")), (b"b", Some(b"")), (b"b\0", Some(b"3")), (b"\xff", Some(b"4"))])).unwrap();
         assert_eq!(store.get(b"a").unwrap().as_deref(), Some(&b"1"[..]));
@@ -278,19 +278,19 @@ mod tests {
 
     #[test]
     fn the_store_in_memory_conforms() {
-        conforms(&mut MemoryStore::default());
+        conforms(&MemoryStore::default());
     }
 
     #[test]
     fn the_store_over_sled_conforms() {
         let dir = tempfile::tempdir().unwrap();
-        conforms(&mut SledStore::open(dir.path(), CACHE_BYTES).unwrap());
+        conforms(&SledStore::open(dir.path(), CACHE_BYTES).unwrap());
     }
 
     #[test]
     fn a_checkpointed_batch_is_there_after_reopening() {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
+        let store = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
         store.write(batch(&[(b"k", Some(b"v"))])).unwrap();
         store.checkpoint().unwrap();
         drop(store);
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn a_bit_that_flips_in_a_value_is_reported_on_every_way_to_it() {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
+        let store = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
         store.write(batch(&[(b"k", Some(b"value"))])).unwrap();
         let mut bad = store.raw().get(b"k").unwrap().unwrap().to_vec();
         bad[6] ^= 1;
@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn a_value_under_another_key_is_reported() {
         let dir = tempfile::tempdir().unwrap();
-        let mut store = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
+        let store = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
         store.write(batch(&[(b"k", Some(b"value"))])).unwrap();
         let value = store.raw().get(b"k").unwrap().unwrap();
         store.raw().insert(b"other", value).unwrap();
@@ -338,8 +338,8 @@ mod tests {
             ),
         ) {
             let dir = tempfile::tempdir().unwrap();
-            let mut sled = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
-            let mut memory = MemoryStore::default();
+            let sled = SledStore::open(dir.path(), CACHE_BYTES).unwrap();
+            let memory = MemoryStore::default();
             for batch in batches {
                 sled.write(batch.clone()).unwrap();
                 memory.write(batch).unwrap();

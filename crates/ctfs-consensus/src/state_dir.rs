@@ -180,11 +180,11 @@ impl StateDir {
 
     fn fill(&self, number: u64, path: &Path, snapshot: Option<&File>) -> Result<State, StateError> {
         let (header, records) = if self.in_memory {
-            let mut records = Records::in_memory();
-            (unpack(snapshot, &mut records)?, records)
+            let records = Records::in_memory();
+            (unpack(snapshot, &records)?, records)
         } else {
-            let mut store = SledStore::open(path, self.cache_bytes)?;
-            (unpack(snapshot, &mut store)?, self.on_disk(store)?)
+            let store = SledStore::open(path, self.cache_bytes)?;
+            (unpack(snapshot, &store)?, self.on_disk(store)?)
         };
         let state = Self::load(number, records)?;
         if let Some(header) = header {
@@ -237,7 +237,7 @@ impl StateDir {
 }
 
 /// Puts the records of `snapshot`, if there is one, into an empty store.
-fn unpack(snapshot: Option<&File>, store: &mut dyn Store) -> Result<Option<Header>, StateError> {
+fn unpack(snapshot: Option<&File>, store: &dyn Store) -> Result<Option<Header>, StateError> {
     let Some(file) = snapshot else { return Ok(None) };
     let header = snapshot::read(file, |records| {
         Ok::<_, StateError>(store.write(records.into_iter().map(|(key, value)| (key, Some(value))).collect())?)

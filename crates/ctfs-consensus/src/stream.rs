@@ -311,7 +311,7 @@ impl Core {
         let mut command = Command { request, answered, at: Timestamp::from(SystemTime::now()), about: About::Ahead, op: op.clone() };
         let unused = || self.numbers.lock().done(seq, true, now);
         let outcome = replica.apply_ahead(&mut command, holder);
-        if matches!(op, Op::Make { .. }) && numbers_left(&replica, request.client) < NUMBERS_LOW {
+        if matches!(op, Op::Make { .. }) && replica.has_fewer_numbers(request.client, NUMBERS_LOW).unwrap_or(false) {
             self.stream.numbers_low.notify_one();
         }
         match outcome {
@@ -429,6 +429,10 @@ impl Core {
         // First: nothing more is written down then.
         let journal = self.stream.journal.lock().take();
         let lost = self.stream.clear();
+        let (mut numbers, now) = (self.numbers.lock(), Instant::now());
+        // Nobody answers these any more.
+        lost.iter().for_each(|command| numbers.done(command.request.seq, true, now));
+        drop(numbers);
         self.stream.released.lock().clear();
         self.stream.written.lock().clear();
         self.stream.second.send_replace(Second::Unknown);
@@ -495,17 +499,12 @@ impl Core {
     }
 }
 
-fn numbers_left(replica: &Namespace, client: u64) -> u64 {
-    let ranges = replica.reserved_inos(client).unwrap_or_default();
-    ranges.iter().map(|range| range.end.0.saturating_sub(range.start.0)).sum()
-}
-
 /// Has numbers set aside for what is made here, before they run out.
 pub(crate) async fn reserve_numbers(core: Arc<Core>) {
     loop {
         core.stream.numbers_low.notified().await;
         let client = core.incarnation().0;
-        if numbers_left(&core.replica.read(), client) >= NUMBERS_LOW {
+        if !core.replica.read().has_fewer_numbers(client, NUMBERS_LOW).unwrap_or(true) {
             continue;
         }
         match core.propose(Op::ReserveInos { count: NUMBERS_AT_ONCE }).await {

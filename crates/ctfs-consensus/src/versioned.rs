@@ -85,7 +85,7 @@ impl Store for VersionedStore {
         self.0.store.range(from, to, visit)
     }
 
-    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+    fn write(&self, batch: Batch) -> Result<(), StoreError> {
         let mut aside = self.0.aside.lock();
         while aside.as_ref().is_some_and(|aside| aside.bytes > self.0.aside_bytes_max) {
             self.0.moved.wait_for(&mut aside, ASIDE_WAIT);
@@ -99,7 +99,7 @@ impl Store for VersionedStore {
                 }
             }
         }
-        self.0.store.clone().write(batch)
+        self.0.store.write(batch)
     }
 }
 
@@ -164,7 +164,7 @@ mod tests {
     fn a_cursor_that_holds_too_much_makes_writes_wait_until_it_moves() {
         let dir = tempfile::tempdir().unwrap();
         let versions = open(&dir, 10);
-        let mut store = VersionedStore(versions.clone());
+        let store = VersionedStore(versions.clone());
         let put = |byte: u8| Batch::from([(vec![byte], Some(vec![byte; 20]))]);
         for byte in 0..4 {
             store.write(put(byte)).unwrap();
@@ -194,7 +194,7 @@ mod tests {
         ) {
             let dir = tempfile::tempdir().unwrap();
             let versions = open(&dir, usize::MAX);
-            let mut store = VersionedStore(versions.clone());
+            let store = VersionedStore(versions.clone());
             store.write(before.clone()).unwrap();
             let expected: Vec<_> = before.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
 

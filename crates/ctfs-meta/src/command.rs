@@ -14,7 +14,8 @@ use crate::{
 /// One request to change the namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Command {
-    /// A command that was already applied under this id is answered from the table of verdicts.
+    /// A command that was already applied under this id is answered from the table of verdicts, or, where commands
+    /// come in order, refused with [`crate::MetaError::Answered`].
     pub request: RequestId,
     /// The client has its answers up to this `seq`; their verdicts may be forgotten.
     pub answered: u64,
@@ -22,6 +23,22 @@ pub struct Command {
     pub at: Timestamp,
     pub about: About,
     pub op: Op,
+}
+
+/// Requests in the name of a life that has ended, given by whoever takes over, count from here: no life gets as
+/// far with its own.
+pub const SEQ_LEFT: u64 = 1 << 62;
+
+impl Command {
+    /// Whether it comes to the log behind all that happened before it on its server, whoever sends it, and
+    /// whatever is sent again.
+    pub fn comes_in_order(&self) -> bool {
+        match self.about {
+            About::Ahead => true,
+            About::Inodes(_) => false,
+            About::Left { .. } => self.request.seq < SEQ_LEFT,
+        }
+    }
 }
 
 /// How a command stands to what its server has happen ahead of the log.
@@ -63,8 +80,19 @@ pub enum Op {
 
     // Attributes.
     SetAttr { ino: Ino, set: SetAttr },
-    SetXattr { ino: Ino, name: Vec<u8>, value: Vec<u8>, mode: XattrMode },
-    RemoveXattr { ino: Ino, name: Vec<u8> },
+    SetXattr {
+        ino: Ino,
+        #[serde(with = "ctfs_types::octets")]
+        name: Vec<u8>,
+        #[serde(with = "ctfs_types::octets")]
+        value: Vec<u8>,
+        mode: XattrMode,
+    },
+    RemoveXattr {
+        ino: Ino,
+        #[serde(with = "ctfs_types::octets")]
+        name: Vec<u8>,
+    },
 
     // Bytes.
     /// Commits flushed cells. All cells are checked before any is changed.
@@ -194,7 +222,10 @@ pub struct NewNode {
 pub enum NewContent {
     File,
     Directory,
-    Symlink { target: Vec<u8> },
+    Symlink {
+        #[serde(with = "ctfs_types::octets")]
+        target: Vec<u8>,
+    },
     Fifo,
     Socket,
     CharDevice { rdev: u64 },

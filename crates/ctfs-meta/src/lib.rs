@@ -20,13 +20,13 @@ pub mod store;
 mod tests;
 
 pub use command::{
-    About,
+    About, SEQ_LEFT,
     Cell, CellWrite, Change, ClusterIdentity, Command, EffectivePolicy, Lock, LockKind, LockOwner, NewContent, NewNode,
     INOS_RESERVED_MAX, Noted, Op, RenameMode, Reply, SetAttr, Subject, XattrMode,
 };
 pub use error::MetaError;
 pub use member::{Durability, Member, MemberState, OnPartition, Policy, TokenRecord};
-pub use namespace::{AHEAD_MAX, Ahead, Applied, ChunkRecord, Cover, DirEntry, Namespace, Totals, Wish};
+pub use namespace::{AHEAD_MAX, Ahead, Applied, ChunkRecord, Cover, DirEntry, Namespace, Stage, Staged, Totals, Wish};
 pub use quota::{Quota, QuotaUse};
 pub use store::{Batch, MemoryStore, Store, StoreError, merged};
 

@@ -1,6 +1,12 @@
 //! The ordered key-value store under the namespace.
 
-use std::{cell::Cell, ops::ControlFlow, ptr};
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    ops::ControlFlow,
+    ptr,
+    sync::{PoisonError, RwLock, RwLockReadGuard},
+};
 
 /// What a store must do for the namespace. Implemented in memory for tests, simulation and
 /// overlays, and over sled by `ctfs-consensus`.
@@ -16,12 +22,12 @@ pub trait Store: Send + Sync {
         visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
     ) -> Result<(), StoreError>;
 
-    /// Writes the whole batch or nothing, also when the process dies inside.
-    fn write(&mut self, batch: Batch) -> Result<(), StoreError>;
+    /// Writes the whole batch or nothing, also when the process dies inside. There is one writer at a time.
+    fn write(&self, batch: Batch) -> Result<(), StoreError>;
 }
 
 /// Writes in key order; `None` deletes.
-pub type Batch = std::collections::BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+pub type Batch = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// A record over another: what it is now, or that it is gone.
 pub type Over<'a> = (&'a [u8], Option<&'a [u8]>);
@@ -75,15 +81,21 @@ thread_local! {
 }
 
 /// The store in memory. It holds its callers to the rule of [`Store::range`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct MemoryStore {
-    records: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
+    records: RwLock<BTreeMap<Vec<u8>, Vec<u8>>>,
+}
+
+impl MemoryStore {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<Vec<u8>, Vec<u8>>> {
+        self.records.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Store for MemoryStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         assert!(!ptr::eq(VISITED.get(), self), "a visit of records asked the store for another one");
-        Ok(self.records.get(key).cloned())
+        Ok(self.read().get(key).cloned())
     }
 
     fn range(
@@ -97,7 +109,7 @@ impl Store for MemoryStore {
         }
         let before = VISITED.replace(self);
         assert!(!ptr::eq(before, self), "a visit of records began another one");
-        for (key, value) in self.records.range(from.to_vec()..to.to_vec()) {
+        for (key, value) in self.read().range(from.to_vec()..to.to_vec()) {
             if visit(key, value).is_break() {
                 break;
             }
@@ -106,11 +118,12 @@ impl Store for MemoryStore {
         Ok(())
     }
 
-    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+    fn write(&self, batch: Batch) -> Result<(), StoreError> {
+        let mut records = self.records.write().unwrap_or_else(PoisonError::into_inner);
         for (key, value) in batch {
             match value {
-                Some(value) => self.records.insert(key, value),
-                None => self.records.remove(&key),
+                Some(value) => records.insert(key, value),
+                None => records.remove(&key),
             };
         }
         Ok(())

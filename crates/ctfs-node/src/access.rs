@@ -134,6 +134,10 @@ impl Holders for PeerHolders {
         let answer = self.ask(holder, ino, service::PEEK).await?;
         messages::decode(&answer).map_err(|why| FsError::HolderAway { node: holder.node, why })
     }
+
+    async fn settle(&self, life: Holder) -> Result<(), FsError> {
+        self.ask(life, Ino::ROOT, service::SETTLE).await.map(drop)
+    }
 }
 
 /// The chunks of the whole cluster, reached from this server.

@@ -19,6 +19,9 @@ use crate::{
     verdict::{Judgement, Seen, judge},
 };
 
+/// How long one `ctfs sync` may take: as long as it may take every server to write out what it has.
+const SYNC_DEADLINE: Duration = Duration::from_secs(600);
+
 /// The handler holds the node weakly: the socket must not keep a stopped node alive.
 pub struct Answers(pub Arc<Node>);
 
@@ -59,6 +62,7 @@ impl AdminHandler for Answers {
                 let freed = ByteSize(before.clean.saturating_sub(after.clean));
                 Ok(Response::CacheDrop(CacheDropReport { freed, files, kept: ByteSize(after.clean + after.dirty) }))
             }
+            Request::Sync => node.sync().await.map(Response::Done),
             Request::Umount { force } => {
                 let path = node.settings.mountpoint.clone();
                 let open = node.vfs.open_handles();
@@ -273,6 +277,24 @@ impl Node {
             expires: token.expires,
             uses,
         })
+    }
+
+    async fn sync(&self) -> Result<DoneReport, Problem> {
+        let settled = tokio::time::timeout(SYNC_DEADLINE, self.vfs.settle_everywhere()).await;
+        let index = match settled {
+            Ok(Ok(index)) => index,
+            Ok(Err(FsError::HolderAway { node, why })) => {
+                let name = self.consensus.replica().read().member(node).ok().flatten().map_or(node.to_string(), |member| member.name);
+                return Err(Problem::new(Code::NoQuorum, format!("server {name} has not put what it did into the metadata"))
+                    .why(why)
+                    .try_next("ctfs status"));
+            }
+            Ok(Err(error @ FsError::NoQuorum { .. })) => return Err(Problem::no_quorum(&error.to_string())),
+            Ok(Err(error)) => return Err(Problem::not_flushed(&error.to_string())),
+            Err(_) => return Err(Problem::new(Code::TimedOut, "not everything is written out yet").try_next("ctfs sync    goes on where this one stopped")),
+        };
+        let message = format!("all that was acknowledged before, on whichever server, is in the metadata up to log index {}", index.0);
+        Ok(DoneReport { message, notes: Vec::new() })
     }
 
     async fn remove_member(&self, name: &str, force: bool) -> Result<DoneReport, Problem> {

@@ -21,6 +21,8 @@ pub mod service {
     pub const RECALL: u16 = 0x0305;
     /// The attributes of a file that the answering server holds.
     pub const PEEK: u16 = 0x0306;
+    /// Have all that programs of the answering server did put into the metadata.
+    pub const SETTLE: u16 = 0x0307;
     pub const GET_CHUNK: u16 = 0x0401;
     pub const PUT_CHUNK: u16 = 0x0402;
     /// Records of the asking server's journal, for the copy that the answering one keeps; on a stream of
@@ -40,7 +42,7 @@ pub struct OpenOrphans {
     pub inos: Vec<Ino>,
 }
 
-/// About a file, to the life of a server that holds it.
+/// About a file, to the life of a server that holds it; the root, where it is about all of them.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct HeldFile {
     pub incarnation: Incarnation,

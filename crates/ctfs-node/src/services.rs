@@ -125,6 +125,11 @@ impl Handler for Services {
                 let attr = self.holder(&file)?.peek_here(file.ino).await.map_err(|error| error.to_string())?;
                 Ok(messages::encode(&attr))
             }
+            service::SETTLE => {
+                let life: HeldFile = messages::decode(&payload)?;
+                self.holder(&life)?.settle_here().await.map_err(|error| error.to_string())?;
+                Ok(Vec::new())
+            }
             service::JOURNAL => {
                 let (header, batch) = wire::split_call(Bytes::from(payload))?;
                 self.pairs.get().ok_or(STARTING)?.accept(from, &header, batch).await

@@ -77,7 +77,8 @@ impl Journals {
             let (disk, root) = (self.disk.clone(), self.root.clone());
             let old = Arc::new(read(move || OldLife::recover(disk, &root, id)).await?);
             let reader = old.clone();
-            let sent = send(id, old.kept_from(), Arc::new(move |from| reader.read(from, PIECE_BYTES)), consensus, vfs).await?;
+            let by = Holder { node: self.node, incarnation: life };
+            let sent = send(id, by, old.kept_from(), Arc::new(move |from| reader.read(from, PIECE_BYTES)), consensus, vfs).await?;
             happened += sent.happened;
             let Ok(old) = Arc::try_unwrap(old) else { unreachable!("its reader ended") };
             if sent.is_whole() {
@@ -127,12 +128,14 @@ impl Sent {
 }
 
 /// Sends what the life `id` left in a journal: first all commands, then the bytes of files that the
-/// metadata do not have yet.
+/// metadata do not have yet. All of it as `by`, also when that life ends meanwhile: then the rest is refused, and
+/// whoever begins anew begins with the first that was.
 ///
 /// # Errors
 /// All may be sent again.
 pub(crate) async fn send(
     id: JournalId,
+    by: Holder,
     kept_from: Position,
     records: ReadRecords,
     consensus: &Consensus,
@@ -152,14 +155,14 @@ pub(crate) async fn send(
                 ctfs_consensus::Record::Bytes(bytes) => left.push((record.position.0, bytes)),
             }
         }
-        let replayed = consensus.replay(commands).await?;
+        let replayed = consensus.replay(by, commands).await?;
         sent = Sent { happened: sent.happened + replayed.happened, lost: sent.lost + replayed.lost };
     }
     tracing::info!(happened = sent.happened, lost = sent.lost, bytes = left.len(), life = %id, "what an ended life left was sent");
     if !left.is_empty() {
         // What it says of its journal is in the log, and must be here.
         consensus.barrier().await?;
-        let successor = InTheNameOf { consensus: consensus.clone(), life: id.incarnation };
+        let successor = InTheNameOf { consensus: consensus.clone(), by, life: id.incarnation };
         let done = vfs.write_left(Holder { node: id.node, incarnation: id.incarnation }, left, &successor).await?;
         sent.lost += done.lost.len() as u64;
     }

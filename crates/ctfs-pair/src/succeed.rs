@@ -42,8 +42,9 @@ impl Pairs {
         };
         let reader = copy.clone();
         let read: journals::ReadRecords = Arc::new(move |from| reader.records(from, PIECE_BYTES));
-        journals::send(id, copy.kept_from(), read, &self.consensus, &self.vfs).await.map_err(|error| text(&error))?;
+        // Of one life of this server or not at all: what it is refused because that has ended is not sent.
         let by = Holder { node: self.node(), incarnation: self.consensus.incarnation() };
+        journals::send(id, by, copy.kept_from(), read, &self.consensus, &self.vfs).await.map_err(|error| text(&error))?;
         match self.consensus.propose(Op::EndLife { life, by }).await {
             Ok(Ok(_)) => tracing::warn!(server = %life.node, "took over what it had acknowledged; what it held is free now"),
             // It is back, and did it itself.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ctfs_consensus::{Consensus, ProposeError};
 use ctfs_meta::{MetaError, Op, Reply};
-use ctfs_types::Incarnation;
+use ctfs_types::{Holder, Incarnation};
 use ctfs_vfs::{FsError, Successor};
 
 /// What the file system makes of a command without a verdict.
@@ -25,12 +25,13 @@ pub fn no_verdict(error: ProposeError) -> FsError {
 /// Whoever sends what a life left.
 pub struct InTheNameOf {
     pub consensus: Consensus,
+    pub by: Holder,
     pub life: Incarnation,
 }
 
 #[async_trait]
 impl Successor for InTheNameOf {
     async fn propose(&self, op: Op) -> Result<Reply, FsError> {
-        self.consensus.propose_left(self.life, op).await.map_err(no_verdict)?.map_err(FsError::Meta)
+        self.consensus.propose_left(self.by, self.life, op).await.map_err(no_verdict)?.map_err(FsError::Meta)
     }
 }

@@ -7,6 +7,8 @@
 //! Decoding never panics, never allocates more than `limit`, and refuses trailing bytes, so a
 //! record has exactly one spelling.
 
+use std::cell::Cell;
+
 use serde::{Serialize, de::DeserializeOwned};
 
 /// Why bytes did not decode.
@@ -27,16 +29,32 @@ pub enum CodecError {
 /// Bincode reserves memory for a claimed length before it sees the bytes; this bounds the claim.
 const DECODE_BYTES_MAX: usize = 64 << 20;
 
+/// What a thread keeps to encode the next record in; a larger one is encoded in memory of its own.
+const SCRATCH_BYTES_MAX: usize = 1 << 20;
+
+thread_local! {
+    /// Where records grow step by step, before each gets memory of its size.
+    static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
 fn config() -> impl bincode::config::Config {
     bincode::config::standard().with_limit::<DECODE_BYTES_MAX>()
 }
 
 /// Encodes `value` behind a version byte.
 pub fn encode<T: Serialize>(version: u8, value: &T) -> Vec<u8> {
-    let mut bytes = vec![version];
-    bincode::serde::encode_into_std_write(value, &mut bytes, bincode::config::standard())
-        .expect("writing to memory does not fail, and our types have no unencodable values");
-    bytes
+    SCRATCH.with(|scratch| {
+        let mut bytes = scratch.take();
+        bytes.clear();
+        bytes.push(version);
+        bincode::serde::encode_into_std_write(value, &mut bytes, bincode::config::standard())
+            .expect("writing to memory does not fail, and our types have no unencodable values");
+        let record = bytes.as_slice().to_vec();
+        if bytes.capacity() <= SCRATCH_BYTES_MAX {
+            scratch.set(bytes);
+        }
+        record
+    })
 }
 
 /// Decodes a record of exactly this version, of at most `limit` bytes.

@@ -76,7 +76,7 @@ pub struct Extent {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExtentData {
     /// Small content, kept in the metadata, so every server already holds it.
-    Inline(Vec<u8>),
+    Inline(#[serde(with = "crate::octets")] Vec<u8>),
     /// The first `len` bytes of a chunk. After a truncate `len` may be less than the chunk holds.
     Chunk { id: ChunkId, len: u32 },
 }

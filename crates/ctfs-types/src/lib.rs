@@ -10,6 +10,7 @@ pub mod extent;
 pub mod ids;
 pub mod limits;
 pub mod name;
+pub mod octets;
 pub mod rules;
 pub mod size;
 pub mod time;

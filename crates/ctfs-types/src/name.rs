@@ -1,16 +1,15 @@
 //! The name of a directory entry.
 
-use std::{ffi::OsStr, fmt, os::unix::ffi::OsStrExt};
+use std::{borrow::Cow, ffi::OsStr, fmt, os::unix::ffi::OsStrExt};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::limits::NAME_BYTES_MAX;
 
 /// One path component: 1 to 255 bytes, any byte but `/` and NUL, and neither `.` nor `..`.
 ///
 /// Decoding checks the same rules, so a name from the wire is as good as one from the kernel.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "Vec<u8>", into = "Vec<u8>")]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileName(Box<[u8]>);
 
 /// Why bytes are not a name.
@@ -46,17 +45,22 @@ impl FileName {
     }
 }
 
-impl TryFrom<Vec<u8>> for FileName {
-    type Error = InvalidName;
-
-    fn try_from(bytes: Vec<u8>) -> Result<Self, InvalidName> {
-        Self::new(&bytes)
-    }
-}
-
 impl From<FileName> for Vec<u8> {
     fn from(name: FileName) -> Self {
         name.0.into_vec()
+    }
+}
+
+impl Serialize for FileName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for FileName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes: Cow<'de, [u8]> = serde_bytes::deserialize(deserializer)?;
+        Self::new(&bytes).map_err(de::Error::custom)
     }
 }
 

@@ -12,6 +12,8 @@ pub enum Rule {
     AnswersWaitForLeases,
     /// 2: a read shows nothing that others may not show yet.
     ReadsWaitForVisible,
+    /// 3: a page of a mapping that is written back late is a write like any other: the file is taken for it first.
+    LateStoresTakeTheFile,
     /// 4: a command that goes through the log follows all that happened ahead of it.
     DirectFollowsStreamed,
     /// 4: fsync answers when what it is about is in the log.
@@ -24,6 +26,8 @@ pub enum Rule {
     WaitingGivesUp,
     /// 7: taking a directory drops what others keep of anything in it.
     TakingDropsCaches,
+    /// 8: who wants a state that has all that was done puts the question to all who hold anything.
+    SettlingAsksHolders,
     /// 9: a life that was ended changes nothing more.
     EndedLivesAreRefused,
     /// 9: what a life held is free when all that it left was sent, and not before.
@@ -59,16 +63,18 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 27] = [
         Self::NoticesWaitForNoLock,
         Self::AnswersWaitForLeases,
         Self::ReadsWaitForVisible,
+        Self::LateStoresTakeTheFile,
         Self::DirectFollowsStreamed,
         Self::FsyncWaitsForLog,
         Self::FsyncWaitsForPair,
         Self::OnlyCoveredIsAhead,
         Self::WaitingGivesUp,
         Self::TakingDropsCaches,
+        Self::SettlingAsksHolders,
         Self::EndedLivesAreRefused,
         Self::HeldUntilSent,
         Self::RefusalsAreForgotten,

@@ -147,6 +147,13 @@ pub trait Holders: Send + Sync + 'static {
     /// # Errors
     /// It was not reached, is no more, or does not hold the file.
     async fn peek(&self, holder: Holder, ino: Ino) -> Result<Attr, FsError>;
+
+    /// Has that life of a server put all that its programs did before into the metadata
+    /// ([`crate::Vfs::settle_here`]).
+    ///
+    /// # Errors
+    /// It was not reached, is no more, or could not.
+    async fn settle(&self, life: Holder) -> Result<(), FsError>;
 }
 
 /// Immutable chunks, wherever they live.

@@ -13,6 +13,7 @@ mod leaving;
 mod lock_doubts;
 mod locks;
 mod names;
+mod settle;
 mod unused;
 mod xattrs;
 
@@ -112,6 +113,7 @@ pub struct Vfs {
     meta: Arc<dyn Metadata>,
     delegations: Arc<Delegations>,
     chunks: Arc<dyn ChunkAccess>,
+    holders: Arc<dyn Holders>,
     content: Content,
     partition: Arc<Partition>,
     settings: VfsSettings,
@@ -152,7 +154,7 @@ impl Vfs {
         let meta: Arc<dyn Metadata> = Arc::new(RuledMetadata(delegations.clone()));
         let partition = Partition::new(meta.clone(), runtime.clone());
         let around =
-            Around { meta: meta.clone(), chunks: chunks.clone(), holders, waits: waits.clone(), partition: partition.clone() };
+            Around { meta: meta.clone(), chunks: chunks.clone(), holders: holders.clone(), waits: waits.clone(), partition: partition.clone() };
         let vfs = Arc::new(Self {
             partition,
             content: Content::new(around, tier, settings.content.clone()),
@@ -167,6 +169,7 @@ impl Vfs {
             meta,
             delegations,
             chunks,
+            holders,
             settings,
         });
         runtime.spawn(unused::give_up(Arc::downgrade(&vfs)));

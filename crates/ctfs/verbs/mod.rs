@@ -14,6 +14,7 @@ pub mod nodes;
 pub mod policy;
 pub mod quota;
 pub mod status;
+pub mod sync;
 pub mod token;
 pub mod umount;
 pub mod up;

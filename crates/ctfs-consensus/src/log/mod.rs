@@ -57,7 +57,7 @@ use crate::{
 
 /// Version of the encoding of an entry inside its frame.
 /// 2: commands that name inode numbers and stamps of inodes.
-pub(crate) const ENTRY_VERSION: u8 = 4;
+pub(crate) const ENTRY_VERSION: u8 = 5;
 
 /// Why the log cannot be opened.
 #[derive(Debug, thiserror::Error)]

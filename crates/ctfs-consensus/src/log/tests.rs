@@ -491,7 +491,7 @@ fn an_entry_of_an_older_version_is_refused_by_name() {
         frame::write(&mut old, salt, whole.id, whole.synced, &payload);
         std::fs::write(&path, old).unwrap();
         let refused = open(dir.path()).try_get_log_entries(..).await.unwrap_err().to_string();
-        assert!(refused.contains("record has version 1, this program reads version 4"), "{refused}");
+        assert!(refused.contains("record has version 1, this program reads version 5"), "{refused}");
     });
 }
 

@@ -144,6 +144,7 @@ async fn who_waits_for_what_happened_hears_that_its_life_was_ended() {
     assert_eq!(server.await_streamed().await, Err(ProposeError::LifeEnded), "until it is told, nobody hears that all is well");
     let (lost, _) = server.end_stream();
     assert_eq!(lost.iter().map(|command| &command.op).count(), 1, "{lost:?}");
+    assert_eq!(server.core.numbers.lock().span(), 0, "or else nothing happens ahead any more after some thousand requests");
     server.lost_is_told();
     assert_eq!(server.await_streamed().await, Ok(()));
     assert!(!has(&leader, "lost"));

@@ -11,7 +11,10 @@
 //! only added to, or is in the command, or keeps it from being ahead. That the ends are the same is
 //! checked each time ([`super::Applied::diverged`]).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Range,
+};
 
 use ctfs_types::{
     FileKind, FileUse, Holder, Incarnation, Ino, LogIndex, RequestId,
@@ -20,7 +23,7 @@ use ctfs_types::{
 
 use super::{
     Apply, Namespace, Totals, keys,
-    records::Dentry,
+    records::{self, Dentry, Numbers},
     txn::{Fail, Txn},
     view::{View, Written},
 };
@@ -59,6 +62,8 @@ pub struct Layer {
     newly_covered: BTreeMap<Ino, LogIndex>,
     /// Inodes with locks that only this server knows; see [`super::own_locks`].
     pub own_locks: BTreeSet<Ino>,
+    /// The record of the range of numbers that was used last.
+    numbers: Option<Vec<u8>>,
     /// What is about to be said of such locks, whatever else is on its way to their files.
     is_settling: bool,
 }
@@ -156,6 +161,7 @@ impl Namespace {
         }
         self.may_have_policies |= matches!(command.op, Op::SetPolicy { .. });
         let mut txn = Txn::new(View::ahead(&*self.store, &self.layer.records, &self.layer.sums));
+        txn.numbers = self.layer.numbers.clone();
         let mut counters = self.counters.clone();
         let mut apply = Apply::of_one(&mut txn, &mut counters, command.request, command.at, self.freed_max);
         let outcome = apply.dispatch(&command.op);
@@ -204,10 +210,10 @@ impl Namespace {
     }
 
     /// Answers whether there was a number for what is made.
-    fn complete(&self, command: &mut Command, holder: Holder) -> Result<bool, StoreError> {
+    fn complete(&mut self, command: &mut Command, holder: Holder) -> Result<bool, StoreError> {
         let Op::Make { parent, node, .. } = &mut command.op else { return Ok(true) };
         if node.ino.is_none() {
-            node.ino = self.reserved_inos(command.request.client)?.first().map(|range| range.start);
+            node.ino = self.next_number(command.request.client)?;
         }
         if node.cell.is_none() {
             node.cell = Some(self.effective_policy(*parent)?.cell);
@@ -216,6 +222,36 @@ impl Namespace {
             node.holder = Some(holder);
         }
         Ok(node.ino.is_some())
+    }
+
+    /// The next number of those that the client has set aside.
+    fn next_number(&mut self, client: u64) -> Result<Option<Ino>, StoreError> {
+        if let Some(left) = self.numbers_in_use(client)? {
+            return Ok(Some(left.start));
+        }
+        let first = self.reserved_ranges(client)?.into_iter().next();
+        self.layer.numbers = first.as_ref().map(|(key, _)| key.clone());
+        Ok(first.map(|(_, range)| range.start))
+    }
+
+    /// What is left of the range of numbers that was used last, if that is the client's and something is.
+    fn numbers_in_use(&self, client: u64) -> Result<Option<Range<Ino>>, StoreError> {
+        let Some(key) = self.layer.numbers.as_ref().filter(|key| keys::number_at(key, 1) == Some(client)) else { return Ok(None) };
+        let Some(record) = self.view().get(key)? else { return Ok(None) };
+        let Numbers { next, end } = records::decode(key, &record)?;
+        Ok((next < end).then_some(next..end))
+    }
+
+    /// Whether the client has fewer numbers set aside than so many.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub fn has_fewer_numbers(&self, client: u64, than: u64) -> Result<bool, StoreError> {
+        let count = |range: &Range<Ino>| range.end.0.saturating_sub(range.start.0);
+        if self.numbers_in_use(client)?.is_some_and(|left| count(&left) >= than) {
+            return Ok(false);
+        }
+        Ok(self.reserved_inos(client)?.iter().map(count).sum::<u64>() < than)
     }
 
     /// As [`Self::apply_ahead`], of what [`Self::settle_locks`] answered.
@@ -364,9 +400,11 @@ impl Namespace {
         self.layer.len()
     }
 
-    /// Whether the log had this request, and its verdict is still remembered.
+    /// Whether the log had this request, of a command that happened ahead of it.
     pub fn is_answered(&self, request: RequestId) -> Result<bool, StoreError> {
-        Ok(self.store.get(&keys::verdict(request.client, request.seq))?.is_some())
+        let key = keys::streamed(request.client);
+        let upto: Option<u64> = self.store.get(&key)?.map(|bytes| records::decode(&key, &bytes)).transpose()?;
+        Ok(upto.is_some_and(|upto| request.seq <= upto))
     }
 
     /// The kinds of commands that may be; whether one is depends on what it touches.

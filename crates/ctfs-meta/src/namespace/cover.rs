@@ -50,7 +50,7 @@ impl Subject {
             | keys::ORPHAN
             | keys::POLICY => number(1).map(|ino| Self::Inode(Ino(ino))),
             keys::OWNED | keys::WAIT => number(9).map(Self::Life),
-            keys::NUMBERS | keys::NOTED | keys::LEFT => number(1).map(Self::Life),
+            keys::NUMBERS | keys::NOTED | keys::LEFT | keys::STREAMED => number(1).map(Self::Life),
             keys::TOTALS => Some(Self::Sum),
             // Else only a journal would name a chunk, and whoever collects chunks asks no journals.
             keys::CHUNK | keys::CONDEMNED if !keeps(Rule::ChunksAreNamedInLog) => Some(Self::Sum),

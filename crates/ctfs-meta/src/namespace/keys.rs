@@ -31,6 +31,7 @@ pub const TOTALS: u8 = 24;
 pub const NUMBERS: u8 = 25;
 pub const NOTED: u8 = 26;
 pub const LEFT: u8 = 27;
+pub const STREAMED: u8 = 28;
 /// Keys from here on belong to whoever owns the store.
 pub const CALLER: u8 = 0xff;
 
@@ -192,6 +193,12 @@ pub fn floor(client: u64) -> Key {
 
 /// As [`floor`]: the client's life has ended, none of its requests happens any more.
 pub const ENDED: u64 = u64::MAX;
+
+/// The last `seq` of a life that came to the log behind what happened there. Those come in their order, so what is
+/// up to there has come, and needs no verdict each.
+pub fn streamed(life: u64) -> Key {
+    key(STREAMED, &[life], &[])
+}
 
 pub fn counters() -> Key {
     vec![COUNTERS]

@@ -116,6 +116,7 @@ impl Apply<'_, '_> {
                 self.txn.delete(key);
             }
         }
+        self.txn.delete(keys::streamed(life.0));
         if self.left(life.0)?.is_some() {
             self.txn.delete(keys::left(life.0));
             self.counters.left -= 1;

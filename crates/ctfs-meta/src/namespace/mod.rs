@@ -1,7 +1,7 @@
 //! What the namespace does with a command.
 //!
-//! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] (how an entry is applied as a
-//! whole), then by subject: [`names`], [`numbers`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`own_locks`], [`quotas`],
+//! Reading order: [`keys`] and [`records`] (what is stored), [`txn`] and [`stage`] (how an entry is applied as
+//! a whole), then by subject: [`names`], [`numbers`], [`attrs`], [`bytes`], [`holding`], [`locks`], [`own_locks`], [`quotas`],
 //! [`cluster`], [`lives`]; [`reads`] is what everybody else asks.
 
 mod acl;
@@ -21,6 +21,7 @@ mod own_locks;
 mod quotas;
 mod reads;
 mod records;
+mod stage;
 mod txn;
 mod view;
 
@@ -28,35 +29,28 @@ pub use self::{
     ahead::{AHEAD_MAX, Ahead},
     cover::Cover,
     locks::Wish,
+    stage::{Applied, Stage, Staged},
 };
 #[cfg(test)]
 pub(crate) use self::locks::{WAITERS_MAX, WAITERS_OF_LIFE_MAX};
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::{collections::BTreeMap, sync::Arc};
 
-use ctfs_types::{
-    FileKind, FileName, Ino, LogIndex, RequestId, Timestamp,
-    rules::{Rule, keeps},
-};
+use ctfs_types::{FileKind, FileName, Ino, LogIndex, RequestId, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use self::{
     ahead::Layer,
     cuts::{CELLS_FREED_MAX, Cut},
     records::{Counters, Dir, Inode},
-    txn::{Fail, Outcome, Txn},
+    txn::{Outcome, Txn},
     view::View,
 };
-use crate::{About, Batch, Change, Command, MetaError, Op, Reply, Store, StoreError};
-
-/// Verdicts remembered for one client that never says it has its answers.
-const VERDICTS_MAX: u64 = 4096;
-/// Up to so many are forgotten by number.
-const FORGOTTEN_ONE_BY_ONE: u64 = 8;
+use crate::{Change, MetaError, Op, Reply, Store, StoreError};
 
 /// The replicated state of one volume.
 pub struct Namespace {
-    store: Box<dyn Store>,
+    store: Arc<dyn Store>,
     counters: Counters,
     hash: u128,
     /// The records of this kind once more, because each read of a cell asks for them. Mostly empty.
@@ -70,18 +64,6 @@ pub struct Namespace {
     may_have_policies: bool,
     /// [`CELLS_FREED_MAX`]; less in tests.
     freed_max: usize,
-}
-
-/// What applying one log entry gave.
-#[derive(Debug, Default)]
-pub struct Applied {
-    /// One verdict per command, in order.
-    pub verdicts: Vec<Result<Reply, MetaError>>,
-    /// What changed, each with the client ([`ctfs_types::RequestId`]) whose command did it.
-    pub changes: Vec<(u64, Change)>,
-    /// Commands of this server that were ahead of the log and came out otherwise in it. Never, unless
-    /// the rules of what may be ahead are wrong.
-    pub diverged: Vec<RequestId>,
 }
 
 /// One entry of a directory listing.
@@ -177,7 +159,7 @@ impl Namespace {
     pub fn open(store: Box<dyn Store>) -> Result<Self, StoreError> {
         let counters = store.get(&keys::counters())?;
         let hash = store.get(&keys::state_hash())?;
-        let mut namespace = Self { store, counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), newest: BTreeMap::new(), freed_max: CELLS_FREED_MAX, may_have_policies: false };
+        let mut namespace = Self { store: store.into(), counters: Counters::default(), hash: 0, cuts: BTreeMap::new(), layer: Layer::default(), newest: BTreeMap::new(), freed_max: CELLS_FREED_MAX, may_have_policies: false };
         match (counters, hash) {
             (Some(counters), Some(hash)) => {
                 namespace.counters = records::decode(&keys::counters(), &counters)?;
@@ -256,169 +238,6 @@ impl Namespace {
     pub fn store(&self) -> &dyn Store {
         &*self.store
     }
-
-    /// Applies the committed entry at `index`, which must be past [`Self::applied`] (entries of
-    /// the consensus layer itself use up indexes without coming here). All of its commands, the
-    /// index, and `extra` (records under keys starting with 0xff, kept for the caller and no part
-    /// of the state hash) reach the store in one batch.
-    ///
-    /// # Errors
-    /// The store failed: nothing of the entry is applied, and the store must not be used further.
-    pub fn apply(&mut self, index: LogIndex, commands: &[Command], extra: Batch) -> Result<Applied, StoreError> {
-        assert!(index > self.applied(), "log entries apply in order, each exactly once");
-        let mut txn = Txn::new(View::committed(&*self.store));
-        let mut counters = self.counters.clone();
-        let mut applied = Applied::default();
-        self.may_have_policies |= commands.iter().any(|command| matches!(command.op, Op::SetPolicy { .. }));
-        for command in commands {
-            txn.begin();
-            let verdict = run(&mut txn, &mut counters, &mut self.newest, command, self.freed_max)?;
-            let changes = txn.keep();
-            applied.changes.extend(changes.into_iter().map(|change| (command.request.client, change)));
-            applied.verdicts.push(verdict);
-        }
-        counters.applied = index.0;
-        txn.put(keys::counters(), &counters);
-        txn.keep();
-        let (mut batch, difference) = txn.finish()?;
-        let hash = self.hash.wrapping_add(difference);
-        batch.insert(keys::state_hash(), Some(records::encode(&hash)));
-        for (key, value) in extra {
-            assert_eq!(key.first(), Some(&keys::CALLER), "the caller's records stand apart from the state");
-            batch.insert(key, value);
-        }
-        let (from, to) = keys::under(keys::CUTS, &[]);
-        let mut moved = Vec::new();
-        for (key, value) in batch.range(from..to) {
-            let ino = keys::number_at(key, 1).map(Ino).expect("keys of cuts hold an inode's number");
-            moved.push((ino, value.as_ref().map(|value| records::decode(key, value)).transpose()?));
-        }
-        if applied.changes.iter().any(|(_, change)| matches!(change, Change::Fenced { incarnation, .. } if self.layer.is_of(*incarnation))) {
-            // None of it happens any more; what stands in this entry behind the end was refused for that.
-            self.drop_ahead();
-        }
-        for (command, verdict) in commands.iter().zip(&applied.verdicts) {
-            if self.layer.is_next(command.request) && !(self.layer.retire(&batch) & verdict.is_ok()) {
-                applied.diverged.push(command.request);
-            }
-        }
-        for (_, change) in &applied.changes {
-            if let Change::Covered { ino } = change {
-                self.layer.note_covered(*ino, index);
-            }
-        }
-        self.store.write(batch)?;
-        for (ino, cuts) in moved {
-            match cuts {
-                Some(cuts) => self.cuts.insert(ino, cuts),
-                None => self.cuts.remove(&ino),
-            };
-        }
-        self.counters = counters;
-        self.hash = hash;
-        Ok(applied)
-    }
-}
-
-/// Applies one command unless its request was applied before, and remembers the verdict.
-fn run(
-    txn: &mut Txn<'_>,
-    counters: &mut Counters,
-    newest: &mut BTreeMap<u64, u64>,
-    command: &Command,
-    freed_max: usize,
-) -> Result<Result<Reply, MetaError>, StoreError> {
-    let request = command.request;
-    let key = keys::verdict(request.client, request.seq);
-    let newest = match newest.entry(request.client) {
-        Entry::Occupied(known) => known.into_mut(),
-        Entry::Vacant(unknown) => {
-            let (from, to) = keys::under(keys::VERDICT, &[request.client]);
-            let verdicts = txn.scan(&from, &to, usize::MAX)?;
-            unknown.insert(verdicts.last().and_then(|(key, _)| keys::number_at(key, 9)).unwrap_or(0))
-        }
-    };
-    let is_new = request.seq > *newest;
-    *newest = request.seq.max(*newest);
-    if !is_new
-        && let Some(verdict) = txn.get(&key)?
-        && keeps(Rule::RequestsHappenOnce)
-    {
-        return Ok(verdict);
-    }
-    let floor: u64 = txn.get(&keys::floor(request.client))?.unwrap_or(0);
-    let is_ended = floor == keys::ENDED;
-    if is_ended && keeps(Rule::EndedLivesAreRefused) {
-        return Ok(Err(MetaError::StaleIncarnation));
-    }
-    if request.seq <= floor && !is_ended {
-        // A stray copy: its first one was applied, answered and forgotten.
-        return Ok(Err(MetaError::Answered));
-    }
-    let before = counters.clone();
-    let is_left = matches!(command.about, About::Left { .. });
-    let mut apply = Apply { txn, counters, request, at: command.at, freed_max, is_left, counted: BTreeMap::new() };
-    let may = apply.life_may(command);
-    if let Err(Fail::Verdict(refusal)) = may {
-        txn.discard();
-        *counters = before;
-        if !keeps(Rule::RefusalsAreForgotten) {
-            txn.put(key, &Err::<Reply, _>(refusal.clone()));
-        }
-        // Not remembered: it was not this one's to ask, and whoever takes over asks the same request.
-        return Ok(Err(refusal));
-    }
-    let outcome = may.and_then(|()| match apply.dispatch(&command.op) {
-        // What it is refused for may be what the holder has changed ahead of the log.
-        Err(Fail::Verdict(verdict)) if before.delegated > 0 => match apply.may_touch(command) {
-            Ok(()) => Err(Fail::Verdict(verdict)),
-            held => held.map(|()| Reply::Done),
-        },
-        outcome => outcome,
-    });
-    let outcome = outcome.and_then(|reply| {
-        // What was acknowledged from the journal is not refused for a limit that was set later.
-        if !is_left && !matches!(command.op, Op::Write { noted: Some(_), .. }) {
-            apply.keep_quotas(&command.op)?;
-        }
-        // Also when it removed the last directory that is held.
-        if before.delegated > 0 {
-            apply.may_touch(command)?;
-        }
-        apply.tell_newly_covered()?;
-        Ok(reply)
-    });
-    let verdict = match outcome {
-        Ok(reply) => Ok(reply),
-        Err(Fail::Verdict(verdict)) => {
-            txn.discard();
-            *counters = before;
-            Err(verdict)
-        }
-        Err(Fail::Store(error)) => return Err(error),
-    };
-    // What is sent in the name of a life that has ended may have any number, and that life's own come again.
-    let forget = if is_left { 0 } else { command.answered.max(request.seq.saturating_sub(VERDICTS_MAX)).min(request.seq.saturating_sub(1)) };
-    if forget > floor {
-        if forget - floor <= FORGOTTEN_ONE_BY_ONE {
-            // Most often it is one, and looking for a record costs less than looking which there are.
-            for seq in floor + 1..=forget {
-                let old = keys::verdict(request.client, seq);
-                if txn.get_raw(&old)?.is_some() {
-                    txn.delete(old);
-                }
-            }
-        } else {
-            let (from, _) = keys::under(keys::VERDICT, &[request.client]);
-            let to = keys::verdict(request.client, forget + 1);
-            for (old, _) in txn.scan(&from, &to, usize::MAX)? {
-                txn.delete(old);
-            }
-        }
-        txn.put(keys::floor(request.client), &forget);
-    }
-    if is_new { txn.put_new(key, &verdict) } else { txn.put(key, &verdict) }
-    Ok(verdict)
 }
 
 impl<'a, 'b> Apply<'a, 'b> {

@@ -50,6 +50,13 @@ impl Apply<'_, '_> {
 
     /// The range of this client that has `ino` and has not used it.
     pub(super) fn reserved_range(&mut self, ino: Ino) -> Outcome<Reserved> {
+        if let Some(key) = self.txn.numbers.clone()
+            && keys::number_at(&key, 1) == Some(self.request.client)
+            && let Some(Numbers { next, end }) = self.txn.get(&key)?
+            && (next..end).contains(&ino)
+        {
+            return Ok(Reserved { key, end });
+        }
         let (from, _) = keys::under(keys::NUMBERS, &[self.request.client]);
         let mut to = keys::numbers(self.request.client, ino);
         to.push(0);
@@ -59,6 +66,7 @@ impl Apply<'_, '_> {
         if !(next..end).contains(&ino) {
             return Err(MetaError::NumberNotReserved(ino).into());
         }
+        self.txn.numbers = Some(key.clone());
         Ok(Reserved { key, end })
     }
 

@@ -25,7 +25,7 @@ type Read<T> = Result<T, StoreError>;
 const HELD_AT_A_TIME: usize = 1024;
 
 impl Namespace {
-    fn view(&self) -> View<'_> {
+    pub(super) fn view(&self) -> View<'_> {
         View::ahead(&*self.store, &self.layer.records, &self.layer.sums)
     }
 
@@ -226,11 +226,16 @@ impl Namespace {
 
     /// Inode numbers that a client has reserved and not used, in order.
     pub fn reserved_inos(&self, client: u64) -> Read<Vec<Range<Ino>>> {
+        Ok(self.reserved_ranges(client)?.into_iter().map(|(_, range)| range).collect())
+    }
+
+    /// The same with the records that they are in.
+    pub(super) fn reserved_ranges(&self, client: u64) -> Read<Vec<(Vec<u8>, Range<Ino>)>> {
         let (from, to) = keys::under(keys::NUMBERS, &[client]);
         let mut found = Vec::new();
         self.each(&from, &to, |key, value| {
             let Numbers { next, end } = records::decode(key, value)?;
-            found.push(next..end);
+            found.push((key.to_vec(), next..end));
             Ok(ControlFlow::Continue(()))
         })?;
         Ok(found)

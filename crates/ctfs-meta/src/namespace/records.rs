@@ -7,7 +7,7 @@ use super::Totals;
 use crate::{Quota, StoreError};
 
 /// 4: the home of a file.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 /// No record comes near: the largest holds one extended attribute or one inline cell.
 const RECORD_BYTES_MAX: usize = 16 << 20;
 
@@ -38,6 +38,7 @@ pub struct Inode {
     pub data_version: u64,
     pub cell: CellSize,
     /// Of a symlink.
+    #[serde(with = "ctfs_types::octets")]
     pub target: Vec<u8>,
     pub dir: Option<Dir>,
     /// Of a file or a directory.

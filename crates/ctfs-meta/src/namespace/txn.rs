@@ -53,6 +53,8 @@ pub struct Txn<'a> {
     /// It looked at something, or changed it, that belongs to no inode and no life.
     beyond: bool,
     pub changes: Vec<Change>,
+    /// The record of the range of numbers that was used last: mostly the next one is of it, too.
+    pub numbers: Option<Vec<u8>>,
     /// Who covered inodes before this command, as far as it was asked.
     pub covers: BTreeMap<Ino, Cover>,
 }
@@ -70,6 +72,7 @@ impl<'a> Txn<'a> {
             lives: BTreeSet::new(),
             beyond: false,
             changes: Vec::new(),
+            numbers: None,
             covers: BTreeMap::new(),
         }
     }

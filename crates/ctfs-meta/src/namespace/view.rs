@@ -62,7 +62,7 @@ mod tests {
     use crate::{Batch, MemoryStore};
 
     fn view_of(store: &[(u8, u8)], ahead: &[(u8, Option<u8>)], limit: usize) -> Vec<(u8, u8)> {
-        let mut base = MemoryStore::default();
+        let base = MemoryStore::default();
         base.write(store.iter().map(|(key, value)| (vec![*key], Some(vec![*value]))).collect::<Batch>()).unwrap();
         let ahead = ahead.iter().map(|(key, value)| (vec![*key], Written { value: value.map(|value| vec![value]), by: 0 })).collect();
         let mut found = Vec::new();

@@ -11,7 +11,7 @@ use super::harness::{
     CLIENT, Volume, chunk, chunk_id, dump, identity, inline, member, name, node, owner, record_lock, time, token,
 };
 use crate::{
-    CellWrite, Durability, LockKind, MemberState, MetaError, NewContent, NewNode, Noted, OnPartition, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
+    About, CellWrite, Command, Durability, LockKind, MemberState, MetaError, NewContent, NewNode, Noted, OnPartition, Op, Policy, Quota, RenameMode, Reply, SetAttr, XattrMode,
 };
 
 const ROOT: Ino = Ino::ROOT;
@@ -224,7 +224,7 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 }
 
 #[test]
-fn the_encoded_bytes_are_those_of_version_4() {
+fn the_encoded_bytes_are_those_of_version_5() {
     let mut text = String::new();
     for error in errors() {
         text += &line(&format!("error {}", variant(&error)), &error);
@@ -236,7 +236,7 @@ fn the_encoded_bytes_are_those_of_version_4() {
     let ops = ops();
     let last = ops.len() - 1;
     for (number, op) in ops.into_iter().enumerate() {
-        let command = volume.command(op);
+        let command = Command { about: About::Ahead, ..volume.command(op) };
         text += &line(&format!("command {}", variant(&command.op)), &command);
         let verdict = volume.apply(std::slice::from_ref(&command)).remove(0);
         assert_eq!(verdict.is_ok(), number != last, "{:?}: {verdict:?}", command.op);
@@ -244,7 +244,7 @@ fn the_encoded_bytes_are_those_of_version_4() {
     let records = dump(volume.ns.store(), &[0xff]);
     let mut kinds: Vec<u8> = records.keys().map(|key| key[0]).collect();
     kinds.dedup();
-    assert_eq!(kinds, (1..=27).collect::<Vec<_>>(), "a record of each kind");
+    assert_eq!(kinds, (1..=28).collect::<Vec<_>>(), "a record of each kind");
     for (key, value) in records {
         text += &format!("record {} {}\n", hex(&key), hex(&value));
     }

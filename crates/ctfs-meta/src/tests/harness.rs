@@ -80,7 +80,7 @@ impl Volume {
     pub fn command(&mut self, op: Op) -> Command {
         self.ticks += 1;
         let request = RequestId { client: CLIENT, seq: self.ticks };
-        Command { request, answered: self.ticks - 1, at: self.now(), about: About::Ahead, op }
+        Command { request, answered: self.ticks - 1, at: self.now(), about: About::Inodes(Vec::new()), op }
     }
 
     /// One command in an entry of its own.
@@ -214,7 +214,7 @@ pub fn dump(store: &dyn Store, to: &[u8]) -> BTreeMap<Vec<u8>, Vec<u8>> {
 
 /// What a namespace leaves on disk.
 pub fn copy(ns: &Namespace) -> MemoryStore {
-    let mut store = MemoryStore::default();
+    let store = MemoryStore::default();
     let batch = dump(ns.store(), &[0xff; 40]).into_iter().map(|(key, value)| (key, Some(value))).collect();
     store.write(batch).expect("memory store");
     store
@@ -242,7 +242,7 @@ impl Store for CountingStore {
         self.inner.range(from, to, visit)
     }
 
-    fn write(&mut self, batch: Batch) -> Result<(), StoreError> {
+    fn write(&self, batch: Batch) -> Result<(), StoreError> {
         self.writes.fetch_add(1, Ordering::Relaxed);
         self.inner.write(batch)
     }

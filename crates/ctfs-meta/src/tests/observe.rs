@@ -56,7 +56,7 @@ impl Tree {
 fn count_references(ns: &Namespace, tree: &Tree) {
     let mut counted: BTreeMap<ChunkId, u64> = BTreeMap::new();
     for (_, value) in dump(ns.store(), &[7]).into_iter().filter(|(key, _)| key[0] == 6) {
-        let extent: Extent = codec::decode(4, &value, 1 << 20).unwrap();
+        let extent: Extent = codec::decode(5, &value, 1 << 20).unwrap();
         if let Some(id) = extent.chunk() {
             *counted.entry(id).or_default() += 1;
         }

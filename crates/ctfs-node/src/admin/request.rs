@@ -72,6 +72,8 @@ pub enum Request {
         path: Option<WirePath>,
     },
     CacheDrop,
+    /// Has every server put all that it acknowledged into the metadata.
+    Sync,
     /// Unmounts; the daemon goes on serving its peers.
     Umount {
         /// Also when programs have files open.
@@ -178,6 +180,7 @@ mod tests {
             (r#"{"verb":"node-remove","name":"c","force":false}"#, Request::NodeRemove { name: "c".into(), force: false }),
             (r#"{"verb":"df","path":null}"#, Request::Df { path: None }),
             (r#"{"verb":"cache-drop"}"#, Request::CacheDrop),
+            (r#"{"verb":"sync"}"#, Request::Sync),
         ] {
             assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
             assert_eq!(serde_json::to_string(&request).unwrap(), text);

@@ -2,13 +2,14 @@
 //!
 //! A scenario is a script that brings a careless version into the trap and says what is wrong; with its
 //! rule taken out it must find something. The rules are those of [`ctfs_types::rules`]. Numbers are those of
-//! the notes; not here are those that the product has no code for yet (3: stores through mappings, 8:
-//! snapshots).
+//! the notes.
 
 mod ahead;
 mod leases;
 mod lives;
+mod mappings;
 mod pairs;
+mod states;
 
 use std::time::Duration;
 
@@ -34,12 +35,14 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { number: 1, name: "two-mkdirs-in-one-directory", rule: Rule::NoticesWaitForNoLock, script: leases::two_mkdirs_in_one_directory },
     Scenario { number: 2, name: "an-answer-before-all-have-it", rule: Rule::AnswersWaitForLeases, script: leases::an_answer_before_all_have_it },
     Scenario { number: 2, name: "new-then-old", rule: Rule::ReadsWaitForVisible, script: leases::new_then_old },
+    Scenario { number: 3, name: "stores-after-the-file-went", rule: Rule::LateStoresTakeTheFile, script: mappings::stores_after_the_file_went },
     Scenario { number: 4, name: "the-prefix-breaks", rule: Rule::DirectFollowsStreamed, script: ahead::the_prefix_breaks },
     Scenario { number: 4, name: "fsync-while-cut-off", rule: Rule::FsyncWaitsForLog, script: ahead::fsync_while_cut_off },
     Scenario { number: 4, name: "fsync-before-the-pair", rule: Rule::FsyncWaitsForPair, script: pairs::fsync_before_the_pair },
     Scenario { number: 5, name: "ahead-where-another-holds", rule: Rule::OnlyCoveredIsAhead, script: ahead::ahead_where_another_holds },
     Scenario { number: 6, name: "recalls-in-a-ring", rule: Rule::WaitingGivesUp, script: ahead::recalls_in_a_ring },
     Scenario { number: 7, name: "a-grant-forgets-who-cached", rule: Rule::TakingDropsCaches, script: ahead::a_grant_forgets_who_cached },
+    Scenario { number: 8, name: "a-state-without-finished-work", rule: Rule::SettlingAsksHolders, script: states::a_state_without_finished_work },
     Scenario { number: 9, name: "commands-after-the-end", rule: Rule::EndedLivesAreRefused, script: lives::commands_after_the_end },
     Scenario { number: 9, name: "free-before-it-is-sent", rule: Rule::HeldUntilSent, script: pairs::free_before_it_is_sent },
     Scenario { number: 9, name: "a-command-between-end-and-take-over", rule: Rule::RefusalsAreForgotten, script: pairs::a_command_between_end_and_take_over },

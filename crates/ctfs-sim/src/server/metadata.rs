@@ -22,6 +22,7 @@ pub mod service {
     pub const OPEN_ORPHANS: u16 = 0x0302;
     pub const RECALL: u16 = 0x0305;
     pub const PEEK: u16 = 0x0306;
+    pub const SETTLE: u16 = 0x0307;
     pub const JOURNAL: u16 = 0x0501;
 }
 
@@ -159,5 +160,9 @@ impl Holders for PeerHolders {
     async fn peek(&self, holder: Holder, ino: Ino) -> Result<Attr, FsError> {
         let answer = self.ask(holder, ino, service::PEEK).await?;
         decode(&answer).map_err(|why| FsError::HolderAway { node: holder.node, why })
+    }
+
+    async fn settle(&self, life: Holder) -> Result<(), FsError> {
+        self.ask(life, Ino::ROOT, service::SETTLE).await.map(drop)
     }
 }

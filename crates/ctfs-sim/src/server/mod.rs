@@ -94,6 +94,11 @@ impl Server {
         next_life(self.node, &self.lives)
     }
 
+    /// The metadata as this server has them.
+    pub fn replica(&self) -> &ctfs_meta::SharedNamespace {
+        &self.metadata.replica
+    }
+
     /// Whether all that happened here is in the log, now.
     pub async fn metadata_settled(&self) -> bool {
         self.metadata.settled().await.is_ok()
@@ -133,6 +138,12 @@ impl Server {
                 self.is_holder(&file)?;
                 let attr = self.vfs.peek_here(file.ino).await.map_err(|error| error.to_string())?;
                 Ok(encode(&attr))
+            }
+            service::SETTLE => {
+                let life: HeldFile = decode(&payload)?;
+                self.is_holder(&life)?;
+                self.vfs.settle_here().await.map_err(|error| error.to_string())?;
+                Ok(Vec::new())
             }
             service::JOURNAL => {
                 let (header, batch) = wire::split_call(payload.into())?;

@@ -6,7 +6,10 @@ use std::{
 };
 
 use ctfs_types::{Attr, Ino, limits::INLINE_BYTES_MAX};
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit},
+    time::MissedTickBehavior,
+};
 use tracing::warn;
 
 use super::{Inode, Shared, flush::Cut, sharing::{GIVE_UP_MAX, WriteMode}};
@@ -24,22 +27,33 @@ const DUE_BYTES_MAX: u64 = 1 << 20;
 /// A file that was closed and takes a chunk lingers so long: many are removed, or written again, just after.
 const CLOSED_FOR: Duration = Duration::from_millis(300);
 /// With so many files to flush none lingers.
-const LINGERING_MAX: usize = DUE_INODES_MAX / 2;
-/// With so many files to flush, each that is closed is waited for.
-const DUE_INODES_MAX: usize = 256;
+const LINGERING_MAX: usize = 128;
+/// With so many files to flush, each that is closed is waited for. What they hold is bounded by the tier.
+const DUE_INODES_MAX: usize = 4096;
 /// Inodes kept in memory although nobody has them open, before they are looked through.
 const IDLE_INODES_MAX: usize = 4096;
 
-/// Runs until the contents are closed or dropped.
-pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>) {
+/// Runs until the contents are closed or dropped. `kick` has it look at everything, `closed` only at files that
+/// were closed, of which there may be many: most of what it does is for them.
+pub(super) async fn run(shared: Weak<Shared>, kick: Arc<Notify>, closed: Arc<Notify>) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let _ = tokio::time::timeout(TICK, kick.notified()).await;
+        let all = tokio::select! {
+            _ = ticks.tick() => true,
+            () = kick.notified() => true,
+            () = closed.notified() => false,
+        };
         let Some(shared) = shared.upgrade() else { return };
         if shared.closed.load(Relaxed) {
             return;
         }
-        shared.keep_reserve().await;
-        shared.flush_what_is_due();
+        if all {
+            shared.keep_reserve().await;
+            shared.flush_what_is_due();
+        } else {
+            shared.flush_closed();
+        }
     }
 }
 
@@ -87,7 +101,10 @@ impl Shared {
             if takes_chunk && pending <= LINGERING_MAX {
                 local.lingers_since.get_or_insert_with(Instant::now);
             } else {
-                self.kick.notify_one();
+                if !std::mem::replace(&mut local.is_queued, true) {
+                    self.closed_files.lock().push_back(ino);
+                }
+                self.closed_kick.notify_one();
             }
         }
         true
@@ -131,7 +148,12 @@ impl Shared {
         for (dirty, inode) in inodes {
             let mut local = inode.local.lock();
             let Some(since) = local.since else { continue };
-            if local.in_background || local.retry_at.is_some_and(|at| at > now) {
+            if local.in_background {
+                // It may have more by now.
+                self.more_is_due.store(true, Relaxed);
+                continue;
+            }
+            if local.retry_at.is_some_and(|at| at > now) {
                 continue;
             }
             let lingers = local.lingers_since.is_some_and(|since| may_linger && now.duration_since(since) < CLOSED_FOR || !self.has_name(inode.ino));
@@ -142,20 +164,51 @@ impl Shared {
             } else {
                 continue;
             };
-            let Ok(permit) = self.background_flushes.clone().try_acquire_owned() else { return };
+            let Ok(permit) = self.background_flushes.clone().try_acquire_owned() else {
+                self.more_is_due.store(true, Relaxed);
+                return;
+            };
             local.in_background = true;
             drop(local);
-            let shared = self.clone();
-            self.runtime.spawn(async move {
-                let _permit = permit;
-                shared.flush_in_background(&inode, cut).await;
-                let ino = inode.ino;
-                drop(inode);
-                shared.release(ino);
-                // More may have come due meanwhile.
-                shared.kick.notify_one();
-            });
+            self.start_flush(inode, cut, permit);
         }
+    }
+
+    /// Starts the flushes of files in the order in which they were closed. What cannot be now is found when all
+    /// is looked at.
+    fn flush_closed(self: &Arc<Self>) {
+        loop {
+            let Ok(permit) = self.background_flushes.clone().try_acquire_owned() else { return };
+            let Some(ino) = self.closed_files.lock().pop_front() else { return };
+            let Some(inode) = self.pending.lock().get(&ino).cloned() else { continue };
+            {
+                let mut local = inode.local.lock();
+                local.is_queued = false;
+                if local.in_background {
+                    self.more_is_due.store(true, Relaxed);
+                }
+                if !local.due || local.since.is_none() || local.in_background || local.lingers_since.is_some() || local.retry_at.is_some() {
+                    continue;
+                }
+                local.in_background = true;
+            }
+            self.start_flush(inode, Cut::Everything, permit);
+        }
+    }
+
+    fn start_flush(self: &Arc<Self>, inode: Arc<Inode>, cut: Cut, permit: OwnedSemaphorePermit) {
+        let shared = self.clone();
+        self.runtime.spawn(async move {
+            shared.flush_in_background(&inode, cut).await;
+            let ino = inode.ino;
+            drop(inode);
+            shared.release(ino);
+            drop(permit);
+            shared.closed_kick.notify_one();
+            if shared.more_is_due.swap(false, Relaxed) {
+                shared.kick.notify_one();
+            }
+        });
     }
 
     async fn flush_in_background(&self, inode: &Arc<Inode>, cut: Cut) {

@@ -24,6 +24,14 @@ const MERGE_TRIES: usize = 16;
 /// Leading zeros are left out in steps of a page, so that equal pages keep making equal chunks.
 const TRIM_STEP: usize = 4096;
 
+/// Who hears of a flush that failed: each handle that was open, once, or whoever asked alone. What a quota has no room
+/// for is dropped, and told to those who wrote it in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    ToWriters,
+    ToAsker,
+}
+
 /// What a flush takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cut {
@@ -98,13 +106,19 @@ enum Composed {
 
 impl Shared {
     pub(super) async fn flush(&self, ino: Ino) -> Result<(), FsError> {
+        self.flush_telling(ino, Told::ToWriters).await
+    }
+
+    pub(super) async fn flush_telling(&self, ino: Ino, told: Told) -> Result<(), FsError> {
         let inode = self.inodes.lock().get(&ino).cloned();
         let Some(inode) = inode else { return Ok(()) };
         let flushed = {
             let mut turn = inode.flushing.lock().await;
             self.flush_locked(&inode, &mut turn, Cut::Everything).await
         };
-        if let Err(error) = &flushed {
+        if let Err(error) = &flushed
+            && (told == Told::ToWriters || error.is_over_quota())
+        {
             inode.local.lock().error = Some(error.clone());
         }
         drop(inode);

@@ -41,7 +41,7 @@ mod write;
 mod written;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -64,7 +64,7 @@ pub use left::{LeftBytes, Successor};
 pub(crate) use sharing::is_over;
 pub use sharing::{PageWaits, Pages};
 
-use self::handover::Handovers;
+use self::{flush::Told, handover::Handovers};
 use crate::{ChunkAccess, FsError, Holders, Metadata, partition::Partition};
 
 /// Numbers that bound what file contents may take.
@@ -150,8 +150,13 @@ struct Shared {
     wanted: Arc<Notify>,
     /// Told when some file may have changed hands.
     usage_changed: Notify,
-    /// Wakes the background task.
+    /// Files that were closed and are to be flushed at once, in that order.
+    closed_files: Mutex<VecDeque<Ino>>,
+    /// Wakes the background task: for all there is, and for those alone.
     kick: Arc<Notify>,
+    closed_kick: Arc<Notify>,
+    /// Not all flushes that are due could be started.
+    more_is_due: AtomicBool,
     /// Told after each flush: there may be room in the tier.
     drained: Notify,
     read_ahead: Arc<Semaphore>,
@@ -212,6 +217,8 @@ struct Local {
     noted_upto: u64,
     /// Closed and not waited for: the background flushes it, at once or some time after it was closed.
     due: bool,
+    /// It stands in [`Shared::closed_files`].
+    is_queued: bool,
     lingers_since: Option<Instant>,
     /// Whether a command about the file happened is not known; see [`doubt`].
     in_doubt: bool,
@@ -264,7 +271,7 @@ impl Content {
         settings: ContentSettings,
     ) -> Self {
         let runtime = settings.runtime.clone().unwrap_or_else(Handle::current);
-        let kick = Arc::new(Notify::new());
+        let (kick, closed_kick) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let shared = Arc::new(Shared {
             meta,
             chunks,
@@ -279,7 +286,10 @@ impl Content {
             wanted: Arc::default(),
             idle: Mutex::default(),
             usage_changed: Notify::new(),
+            closed_files: Mutex::default(),
             kick: kick.clone(),
+            closed_kick: closed_kick.clone(),
+            more_is_due: AtomicBool::new(false),
             drained: Notify::new(),
             read_ahead: Arc::new(Semaphore::new(settings.transfers.max(1))),
             background_flushes: Arc::new(Semaphore::new(settings.flushes.max(1))),
@@ -289,7 +299,7 @@ impl Content {
             handovers: Handovers::new(),
             settings,
         });
-        runtime.spawn(background::run(Arc::downgrade(&shared), kick));
+        runtime.spawn(background::run(Arc::downgrade(&shared), kick, closed_kick));
         runtime.spawn(background::give_up(Arc::downgrade(&shared)));
         Self { shared }
     }
@@ -564,7 +574,12 @@ impl Content {
     /// # Errors
     /// The first failure; the other files were tried nevertheless.
     pub async fn flush_all(&self) -> Result<(), FsError> {
-        self.shared.flush_all().await
+        self.shared.flush_all(Told::ToWriters).await
+    }
+
+    /// The same, where whoever asks is told alone what was not flushed: it is tried again.
+    pub async fn flush_all_quietly(&self) -> Result<(), FsError> {
+        self.shared.flush_all(Told::ToAsker).await
     }
 
     /// Ends the background work. Reads and writes go on; nobody flushes unasked.
@@ -708,10 +723,10 @@ impl Shared {
         }
     }
 
-    async fn flush_all(&self) -> Result<(), FsError> {
+    async fn flush_all(&self, told: Told) -> Result<(), FsError> {
         use futures_util::StreamExt;
         let inos: Vec<Ino> = self.pending.lock().keys().copied().collect();
-        let flushes = futures_util::stream::iter(inos).map(|ino| self.flush(ino));
+        let flushes = futures_util::stream::iter(inos).map(|ino| self.flush_telling(ino, told));
         let results: Vec<_> = flushes.buffer_unordered(self.settings.flushes.max(1)).collect().await;
         results.into_iter().collect()
     }

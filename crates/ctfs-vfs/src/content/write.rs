@@ -4,7 +4,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use ctfs_meta::MetaError;
-use ctfs_types::{Ino, limits::FILE_BYTES_MAX};
+use ctfs_types::{
+    Ino,
+    limits::FILE_BYTES_MAX,
+    rules::{Rule, keeps},
+};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -44,10 +48,14 @@ impl Shared {
             self.meta.be_current().await?;
             let gate = inode.enter().await;
             // Looked at behind the gate: the file changes hands only before it.
-            let Some(mode) = self.write_mode(&inode)? else {
-                drop(gate);
-                self.claim(&inode, pages).await?;
-                continue;
+            let mode = match self.write_mode(&inode)? {
+                Some(mode) => mode,
+                None if matches!(place, Place::Within(_)) && !keeps(Rule::LateStoresTakeTheFile) => WriteMode::Buffer,
+                None => {
+                    drop(gate);
+                    self.claim(&inode, pages).await?;
+                    continue;
+                }
             };
             self.know_the_size(&inode).await?;
             let written = self.write_in_mode(&inode, mode, place, &data, drop_privileges, pages).await;
@@ -56,7 +64,7 @@ impl Shared {
                 Err(FsError::Meta(MetaError::Held { .. })) if Instant::now() < deadline => continue,
                 _ => {}
             }
-            if mode == WriteMode::Buffer {
+            if mode == WriteMode::Buffer && keeps(Rule::LateStoresTakeTheFile) {
                 // A pause in between may have ended this life, and others have the file.
                 self.meta.be_current().await?;
                 if self.write_mode(&inode)? != Some(WriteMode::Buffer) {

@@ -97,7 +97,7 @@ fn what_an_ended_life_is_refused_its_pair_may_send() {
     assert_eq!(send(&mut volume, OLD, sent_by(holder(2, 20))), Err(MetaError::StaleIncarnation), "so does an earlier life of the pair");
     send(&mut volume, OLD, sent_by(PAIR)).unwrap();
     assert_eq!(volume.attr(ino).mode & 0o777, 0o600);
-    send(&mut volume, OLD, sent_by(PAIR)).unwrap();
+    assert_eq!(send(&mut volume, OLD, sent_by(PAIR)), Err(MetaError::Answered));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::super::{
     harness::{CLIENT, Volume, chunk, cluster, copy, name, node, owner, record_lock, time},
     observe::observe,
 };
-use crate::{Batch, Change, Command, MetaError, Namespace, NewContent, Op, RenameMode, Reply, SetAttr, Store};
+use crate::{About, Batch, Change, Command, MetaError, Namespace, NewContent, Op, RenameMode, Reply, SetAttr, Store};
 
 const ROOT: Ino = Ino::ROOT;
 
@@ -15,7 +15,12 @@ fn make(text: &str) -> Op {
 }
 
 fn command(client: u64, seq: u64, answered: u64, op: Op) -> Command {
-    Command { request: RequestId { client, seq }, answered, at: time(seq), about: crate::About::Ahead, op }
+    Command { request: RequestId { client, seq }, answered, at: time(seq), about: About::Inodes(Vec::new()), op }
+}
+
+/// One that happened on its server before it came to the log.
+fn in_order(client: u64, seq: u64, op: Op) -> Command {
+    Command { about: About::Ahead, ..command(client, seq, 0, op) }
 }
 
 #[test]
@@ -88,6 +93,46 @@ fn a_stray_copy_of_an_answered_request_does_nothing() {
     // Requests that arrive late for the first time are not stray.
     volume.apply(&[command(9, 5, 2, Op::Noop)]);
     assert!(volume.apply(&[command(9, 3, 2, make("b"))])[0].is_ok());
+}
+
+#[test]
+fn what_comes_in_order_happens_once_and_leaves_one_record_a_life() {
+    let mut volume = Volume::new();
+    let commands: Vec<Command> = (1..=100u64).map(|seq| in_order(9, 2 * seq, make(&seq.to_string()))).collect();
+    volume.apply(&commands[..1]);
+    let of_life = |volume: &Volume| volume.records().keys().filter(|key| matches!(key[0], 16 | 28)).count();
+    let records = of_life(&volume);
+    volume.apply(&commands[1..60]);
+    assert_eq!(of_life(&volume), records);
+    // Sent again, alone and with what follows.
+    assert!(volume.apply(&commands[..60]).iter().all(|verdict| *verdict == Err(MetaError::Answered)));
+    let (known, new) = (40..60, 60..100);
+    let verdicts = volume.apply(&commands[known.start..new.end]);
+    assert!(verdicts[..known.len()].iter().all(|verdict| *verdict == Err(MetaError::Answered)));
+    assert!(verdicts[known.len()..].iter().all(Result::is_ok));
+    assert_eq!(volume.attr(ROOT).size, 100);
+}
+
+#[test]
+fn a_refusal_of_what_comes_in_order_is_remembered() {
+    let mut volume = Volume::new();
+    let refused = in_order(9, 1, Op::Unlink { parent: ROOT, name: name("a") });
+    let verdict = volume.apply(std::slice::from_ref(&refused));
+    assert_eq!(verdict, [Err(MetaError::NoSuchEntry { parent: ROOT, name: name("a") })]);
+    assert!(volume.apply(&[in_order(9, 2, make("a"))])[0].is_ok());
+    assert_eq!(volume.apply(&[refused]), verdict);
+    assert!(volume.lookup(ROOT, "a").is_some());
+}
+
+/// What goes through the log directly may come in any order, beside what comes in its own.
+#[test]
+fn what_comes_in_order_answers_for_nothing_else() {
+    let mut volume = Volume::new();
+    volume.apply(&[in_order(9, 5, make("a"))]);
+    assert!(volume.apply(&[command(9, 3, 0, make("b"))])[0].is_ok());
+    assert!(volume.apply(&[in_order(9, 6, make("c"))])[0].is_ok());
+    let again = volume.apply(&[command(9, 3, 0, make("b"))]);
+    assert!(matches!(again[..], [Ok(Reply::Entry { made: true, .. })]));
 }
 
 /// A new life forgets the verdicts of the ones before; their requests once could be carried out
@@ -216,9 +261,9 @@ fn a_change_names_the_client_whose_command_did_it() {
 
 #[test]
 fn a_state_of_an_older_version_is_refused_by_name() {
-    let mut store = copy(&Volume::new().ns);
+    let store = copy(&Volume::new().ns);
     let old = ctfs_types::codec::encode(1, &(5u64, 2u64, 0u64, 0u64));
     store.write(Batch::from([(vec![17], Some(old))])).unwrap();
     let refused = Namespace::open(Box::new(store)).err().expect("refused").to_string();
-    assert!(refused.contains("version 1") && refused.contains("reads version 4"), "{refused}");
+    assert!(refused.contains("version 1") && refused.contains("reads version 5"), "{refused}");
 }

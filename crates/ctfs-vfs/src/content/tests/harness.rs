@@ -102,7 +102,7 @@ impl Cluster {
     fn command(&self, seq: u64, op: Op) -> Command {
         let at = Timestamp::new(1_000_000 + seq as i64, 0);
         // Nobody says that verdicts may be forgotten: what is in doubt is asked for much later.
-        Command { request: RequestId { client: 1, seq }, answered: 0, at, about: About::Ahead, op }
+        Command { request: RequestId { client: 1, seq }, answered: 0, at, about: About::Inodes(Vec::new()), op }
     }
 
     /// Applies what was held back on its way, as a leader does that is back with its log.
@@ -336,6 +336,10 @@ impl Holders for Access {
 
     async fn peek(&self, holder: Holder, _ino: Ino) -> Result<Attr, FsError> {
         Err(FsError::HolderAway { node: holder.node, why: "there is one server only".to_owned() })
+    }
+
+    async fn settle(&self, life: Holder) -> Result<(), FsError> {
+        Err(FsError::HolderAway { node: life.node, why: "there is one server only".to_owned() })
     }
 }
 

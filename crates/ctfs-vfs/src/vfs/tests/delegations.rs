@@ -281,3 +281,19 @@ async fn a_quota_has_directories_below_it_given_up_and_none_is_taken_there() {
     let refused = world.servers[0].meta.propose_op(Op::Own { ino: dir, holder: world.servers[0].meta.holder(), although_shared: true }).await;
     assert!(matches!(refused, Err(FsError::Meta(MetaError::WrongKind(_)))), "{refused:?}");
 }
+
+#[tokio::test]
+async fn what_every_server_did_is_in_the_metadata_once_all_are_settled() {
+    let world = World::with(2, settings());
+    world.found().await;
+    let dir = held(&world).await;
+    let made = file(world.vfs(0), dir, "f", &[7; 9000]).await.ino;
+    let known = || {
+        let replica = world.servers[1].meta.replica().read();
+        (replica.attr(made).unwrap().map(|attr| attr.size), replica.cells(made, 0, 9).unwrap().len())
+    };
+    assert_eq!(known().1, 0, "it is not written back yet");
+    let index = world.vfs(1).settle_everywhere().await.unwrap();
+    assert_eq!(known(), (Some(9000), 1));
+    assert_eq!(index, world.servers[1].meta.replica().read().applied());
+}

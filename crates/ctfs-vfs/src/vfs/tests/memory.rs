@@ -337,16 +337,18 @@ impl MemoryMeta {
         let (index, verdict) = {
             let mut order = self.cluster.order.lock();
             *order += 1;
+            let mut replica = self.cluster.replica.write();
+            let inos = replica.sets_out(&op).unwrap();
             let command = Command {
                 request: RequestId { client: self.incarnation().0, seq },
                 answered: 0,
                 at: std::time::SystemTime::now().into(),
-                about: About::Ahead,
+                about: About::Inodes(inos.clone()),
                 op,
             };
             let index = LogIndex(*order);
-            let mut replica = self.cluster.replica.write();
             let applied = replica.apply(index, &[command], Batch::new()).unwrap();
+            replica.has_landed(&inos);
             let changes: Vec<Change> = applied.changes.into_iter().map(|(_, change)| change).collect();
             let subjects = changes.iter().flat_map(Change::subjects).map(|subject| (subject, index));
             self.cluster.changes.lock().extend(subjects);
@@ -405,6 +407,12 @@ impl Holders for MemoryHolders {
         let seen = self.reach(holder)?.peek_here(ino).await;
         self.pause().await;
         seen
+    }
+
+    async fn settle(&self, life: Holder) -> Result<(), FsError> {
+        let settled = self.reach(life)?.settle_here().await;
+        self.pause().await;
+        settled
     }
 }
 

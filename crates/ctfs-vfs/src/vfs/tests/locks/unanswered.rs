@@ -138,6 +138,10 @@ impl Holders for Nothing {
     async fn peek(&self, _holder: Holder, _ino: Ino) -> Result<Attr, FsError> {
         Err(FsError::Shutdown)
     }
+
+    async fn settle(&self, _life: Holder) -> Result<(), FsError> {
+        Err(FsError::Shutdown)
+    }
 }
 
 /// A server behind a bad line and one behind a good one, and a file open on both.
