@@ -71,7 +71,7 @@ fn count_references(ns: &Namespace, tree: &Tree) {
 fn check_counts(ns: &Namespace, tree: &Tree) {
     for (key, value) in dump(ns.store(), &[25]).into_iter().filter(|(key, _)| key[0] == 24) {
         let dir = Ino(u64::from_be_bytes(key[1..].try_into().unwrap()));
-        let counted: Totals = codec::decode(4, &value, 1 << 10).unwrap();
+        let counted: Totals = codec::decode(5, &value, 1 << 10).unwrap();
         assert_ne!(counted, Totals::default(), "counts of {dir}");
         assert_eq!(tree.inodes.get(&dir).and_then(|seen| seen.totals), Some(counted), "counts of {dir}");
     }
