@@ -12,7 +12,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Inode, Shared, flush::Cut, sharing::{GIVE_UP_MAX, WriteMode}};
+use super::{Inode, Local, Shared, flush::Cut, sharing::{GIVE_UP_MAX, WriteMode}};
 
 /// How often the background looks around unasked.
 const TICK: Duration = Duration::from_millis(500);
@@ -101,9 +101,7 @@ impl Shared {
             if takes_chunk && pending <= LINGERING_MAX {
                 local.lingers_since.get_or_insert_with(Instant::now);
             } else {
-                if !std::mem::replace(&mut local.is_queued, true) {
-                    self.closed_files.lock().push_back(ino);
-                }
+                self.queue_closed(ino, &mut local);
                 self.closed_kick.notify_one();
             }
         }
@@ -165,12 +163,23 @@ impl Shared {
                 continue;
             };
             let Ok(permit) = self.background_flushes.clone().try_acquire_owned() else {
+                if local.due && !lingers && !pressure {
+                    // Each flush that ends begins the next of these, without another look at all.
+                    self.queue_closed(inode.ino, &mut local);
+                    continue;
+                }
                 self.more_is_due.store(true, Relaxed);
                 return;
             };
             local.in_background = true;
             drop(local);
             self.start_flush(inode, cut, permit);
+        }
+    }
+
+    fn queue_closed(&self, ino: Ino, local: &mut Local) {
+        if !std::mem::replace(&mut local.is_queued, true) {
+            self.closed_files.lock().push_back(ino);
         }
     }
 
