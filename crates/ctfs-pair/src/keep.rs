@@ -14,8 +14,10 @@ use tokio::time::Instant;
 
 use crate::{Pairs, Peers, TICK};
 
-/// A pair that has not taken what there is for so long does not keep up.
-const BEHIND_MAX: Duration = Duration::from_secs(1);
+/// A pair that has taken nothing of what there is for so long does not keep up. As long as a lease: one sync of a disk
+/// under load takes a second, and a new pair on the same machines would be no faster; fsync goes the slower way
+/// until there is one.
+const BEHIND_MAX: Duration = Duration::from_secs(3);
 /// A new pair must have the journal so far as it is by then.
 const CATCH_UP_MAX: Duration = Duration::from_secs(10);
 /// A server that was no good as a pair is not asked again before.
